@@ -1,0 +1,203 @@
+"""Stages that have run: the record beside every output, and reading what it vouches for.
+
+An artifact is a folder `{stage}/{task}/{fingerprint}` with a `record.json`, which is written last:
+no record, no artifact. The record says what was hashed (the payload), what was read, what was
+written with digests, and under which circumstances, so every byte can be traced and checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pipelines.fingerprint import fingerprint
+from pipelines.store import Store
+from pipelines.transfer import OutputFile
+from seekr.errors import StoreError
+
+RECORD: Final = "record.json"
+Depth = Literal["sizes", "digests"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRef:
+    """Names one artifact."""
+
+    stage: str
+    task: str
+    fingerprint: str
+
+    @property
+    def key(self) -> str:
+        """Its folder, relative to the store's root."""
+        return f"{self.stage}/{self.task}/{self.fingerprint}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """The content of `record.json`.
+
+    Attributes:
+        stage, version, task, fingerprint: which stage this is.
+        payload: what the fingerprint was taken over.
+        inputs: the artifacts that were read, by the name the stage gives them.
+        outputs: every file that was written, paths relative to the artifact's folder.
+        rows: number of rows, where that means something.
+        stats: free numbers of the stage.
+        seeds: every seed that was used.
+        started_at, finished_at: ISO 8601, UTC.
+        seconds: wall time of the attempt that finished.
+        peak_memory_bytes: largest resident memory of the driver's process tree.
+        attempts: how often it was begun, the successful time included.
+        host, user, argv, git_commit, versions: circumstances, see `provenance.Provenance`.
+    """
+
+    stage: str
+    version: int
+    task: str
+    fingerprint: str
+    payload: dict[str, Any]
+    inputs: dict[str, StageRef]
+    outputs: tuple[OutputFile, ...]
+    rows: int | None
+    stats: dict[str, Any]
+    seeds: dict[str, int]
+    started_at: str
+    finished_at: str
+    seconds: float
+    peak_memory_bytes: int | None
+    attempts: int
+    host: str
+    user: str
+    argv: tuple[str, ...]
+    git_commit: str | None
+    versions: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """The artifact's folder, relative to the store's root."""
+        return f"{self.stage}/{self.task}/{self.fingerprint}"
+
+    def save(self, store: Store) -> None:
+        """Writes the record: from now on the artifact exists."""
+        store.write_json(f"{self.key}/{RECORD}", asdict(self))
+
+    @classmethod
+    def load(cls, store: Store, key: str) -> StageRecord:
+        """Reads the record of the artifact in the folder `key`.
+
+        Raises:
+            StoreError: it is missing, is not a record, or is not the record of this folder.
+        """
+        path = f"{key}/{RECORD}"
+        try:
+            record = cls._from_json(store.read_json(path))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _damaged(store, key, f"is not a stage record ({error!r})") from None
+        except StoreError as error:
+            if store.stat(path) is None:
+                raise
+            raise _damaged(store, key, f"cannot be read ({error})") from None
+        if record.key != key:
+            raise _damaged(store, key, f"belongs to {record.key}")
+        if fingerprint(record.payload) != record.fingerprint:
+            raise _damaged(store, key, "holds a payload that does not hash to its fingerprint")
+        return record
+
+    @classmethod
+    def _from_json(cls, value: Any) -> StageRecord:
+        names = {f.name for f in fields(cls)}
+        if not isinstance(value, dict) or value.keys() != names:
+            found = sorted(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(
+                f"found {found}, expected the fields {sorted(names)}; another version of seekr?"
+            )
+        inputs = {name: StageRef(**ref) for name, ref in value["inputs"].items()}
+        outputs = tuple(OutputFile(**output) for output in value["outputs"])
+        return cls(**value | {"inputs": inputs, "outputs": outputs, "argv": tuple(value["argv"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A finished stage's folder, for reading."""
+
+    store: Store = field(compare=False)
+    record: StageRecord
+
+    def path(self, name: str) -> str:
+        """Path of one of its files, relative to the store's root."""
+        return f"{self.record.key}/{name}"
+
+    def full_path(self, name: str) -> str:
+        """Path of one of its files on `store.filesystem`, for pyarrow and Ray readers."""
+        return self.store.full_path(self.path(name))
+
+    def local(self, prefix: str = "") -> Path:
+        """A local path of the file or folder `prefix` (default: everything), downloaded if need be.
+
+        Raises:
+            StoreError: the artifact has no such output, or a download does not match its digest.
+        """
+        chosen = [
+            output
+            for output in self.record.outputs
+            if not prefix or output.path == prefix or output.path.startswith(f"{prefix}/")
+        ]
+        if not chosen:
+            raise StoreError(
+                f"{self.store.uri_for(self.record.key)}: no output {prefix!r}. "
+                f"There are: {', '.join(output.path for output in self.record.outputs) or 'none'}."
+            )
+        return self.store.local(self.record.key, chosen) / prefix
+
+    def read_json(self, name: str) -> Any:
+        """Content of one of its JSON files."""
+        return self.store.read_json(self.path(name))
+
+
+def verify(store: Store, record: StageRecord, depth: Depth = "digests") -> None:
+    """Checks that the files of an artifact are what its record says.
+
+    Args:
+        store: where it lies.
+        record: what is expected.
+        depth: `sizes` looks at existence and size, `digests` also reads every byte, once per
+            process.
+
+    Raises:
+        StoreError: naming the first file that differs, what was found, and what to remove.
+    """
+    sizes = {file.path: file.size for file in store.list(record.key)}
+    for output in record.outputs:
+        size = sizes.get(f"{record.key}/{output.path}")
+        if size != output.size:
+            found = "no such file" if size is None else f"{size} bytes"
+            raise _changed(store, record, output, f"{output.size} bytes", found)
+    if depth == "sizes" or record.key in store.verified:
+        return
+    for output in record.outputs:
+        digest = store.digest(f"{record.key}/{output.path}")
+        if digest != output.sha256:
+            raise _changed(store, record, output, f"sha256 {output.sha256}", f"sha256 {digest}")
+    store.verified.add(record.key)
+
+
+def _changed(
+    store: Store, record: StageRecord, output: OutputFile, expected: str, found: str
+) -> StoreError:
+    return StoreError(
+        f"{store.uri_for(f'{record.key}/{output.path}')}: expected {expected}, found {found}. It "
+        f"was changed after {record.stage}/{record.task} was committed at {record.finished_at}. "
+        f"{_remedy(store, record.key)}"
+    )
+
+
+def _damaged(store: Store, key: str, what: str) -> StoreError:
+    return StoreError(f"{store.uri_for(f'{key}/{RECORD}')}: {what}. {_remedy(store, key)}")
+
+
+def _remedy(store: Store, key: str) -> str:
+    return (
+        f"Remove the folder {store.uri_for(key)} and run again: only this stage is computed anew."
+    )

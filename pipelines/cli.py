@@ -1,0 +1,288 @@
+"""`seekr`: the command line. Thin: every command opens a stream and prints what a module returns.
+
+Heavy imports happen inside commands, so `--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong
+usage, configuration or data. Other packages add commands through the entry-point group
+`seekr.commands`, each a typer app.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from seekr.errors import SeekrError
+
+app = typer.Typer(
+    help="Keep large language models up to date without forgetting.\n\n"
+    "A stream is a YAML file: a base model, a method, and a list of tasks to which new ones are "
+    "appended. `seekr run stream.yaml` brings the world in line with it: finished stages are reused, "
+    "interrupted ones are resumed, and only what is new is computed.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+StreamPath = Annotated[Path, typer.Argument(metavar="STREAM", help="The stream's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Change a field, such as train.epochs=2 or tasks.0.train_rows=100. Paths are relative "
+        "to where you are. May be repeated.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+
+
+@app.command()
+def run(
+    stream: StreamPath,
+    set_: Overrides = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the HTML report here when done.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run what is missing of a stream, and show the accuracy matrix.
+
+    Safe to repeat: after a crash, a preemption or a change of the YAML, run it again. Stages that are
+    in the store are reused, a training continues from its last checkpoint. Two runs at once share the
+    work. Press Ctrl-C to stop; nothing finished is lost.
+
+    Example: seekr run stream.yaml --set method.attention_weight=100
+    """
+    from pipelines import stream as streams
+    from pipelines.tables import matrix_table, summary
+    from pipelines.watching import Watcher
+
+    opened = streams.open_stream(stream, set_ or (), writable=True)
+    console = err if as_json else out
+    with Watcher(console=console, num_stages=len(opened.stages)) as watcher:
+        view = streams.run_stream(opened, watcher, warn=_warn, report=report)
+    if as_json:
+        _print_json(summary(view) | {"stages": _statuses(streams.status_of(opened))})
+        return
+    out.print(matrix_table(view))
+    if report is not None:
+        out.print(f"report: {report}", soft_wrap=True)
+
+
+@app.command()
+def plan(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Say what `run` would compute and what it would reuse. Starts nothing.
+
+    Example: seekr plan stream.yaml --set method.attention_weight=100
+    """
+    from pipelines import stream as streams
+    from pipelines.tables import plan_table
+
+    opened = streams.open_stream(stream, set_ or ())
+    statuses = streams.status_of(opened)
+    if as_json:
+        _print_json({"stages": _statuses(statuses)})
+        return
+    out.print(plan_table(statuses))
+
+
+@app.command()
+def status(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Show where every stage stands: ran, reused, running, failed or missing.
+
+    `ran` was computed by the last run, `reused` was in the store before it.
+    """
+    from pipelines import stream as streams
+    from pipelines.tables import status_table
+
+    opened = streams.open_stream(stream, set_ or ())
+    statuses = streams.status_of(opened)
+    if as_json:
+        _print_json({"stream": opened.config.name, "stages": _statuses(statuses)})
+        return
+    out.print(status_table(statuses))
+
+
+@app.command()
+def explain(
+    stream: StreamPath,
+    stage: Annotated[
+        str | None, typer.Argument(metavar="[STAGE]", help="Such as train/news or train.")
+    ] = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say why each stage would run or be reused, down to the field that changed.
+
+    Example: seekr explain stream.yaml train/news
+    """
+    from pipelines import stream as streams
+    from pipelines.explain import explain as explain_stages
+    from seekr.errors import ConfigError
+
+    opened = streams.open_stream(stream, set_ or ())
+    chosen = [s for s in opened.stages if stage is None or stage in (s.name, str(s), s.task)]
+    if not chosen:
+        raise ConfigError(
+            f"stage {stage!r} is not in the stream; there are "
+            f"{', '.join(str(s) for s in opened.stages)}"
+        )
+    found = explain_stages(opened.store, chosen)
+    if as_json:
+        _print_json({"stages": {str(item.stage): str(item) for item in found}})
+        return
+    for item in found:
+        out.print(str(item), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    stream: StreamPath,
+    to: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("report.html"),
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another stream to put beside it. May be repeated."),
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Write one self-contained HTML file about a stream, or several streams side by side.
+
+    Example: seekr report seekr.yaml --compare replay.yaml --out report.html
+    """
+    from pipelines import stream as streams
+    from pipelines.report import write_report
+
+    opened = [streams.open_stream(stream, set_ or ())]
+    opened += [streams.open_stream(other) for other in compare or ()]
+    written = write_report([streams.view_of(item) for item in opened], to)
+    out.print(f"report: {written}", soft_wrap=True)
+
+
+@app.command()
+def lineage(
+    stream: StreamPath,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A task's name, a fingerprint, or STREAM@VERSION."),
+    ] = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Write MLflow's view anew from the records.")
+    ] = False,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Walk from a model to everything it was made from, down to digests of data.
+
+    Example: seekr lineage stream.yaml news
+    """
+    from pipelines import lineage as lineages
+    from pipelines import stream as streams
+    from pipelines import tracking
+
+    opened = streams.open_stream(stream, set_ or ())
+    if rebuild:
+        uri = tracking.tracking_uri(opened.config.tracking.uri, opened.store)
+        if uri is None:
+            _warn("tracking is off: nothing to rebuild; set tracking.uri")
+        else:
+            tracking.rebuild(uri, streams.view_of(opened), opened.store, warn=_warn)
+            out.print(f"MLflow at {uri} is rebuilt", soft_wrap=True)
+        if model is None:
+            return
+    name = model or opened.config.tasks[-1].name
+    if opened.config.method.needs.all_tasks and model is None:
+        name = "all"
+    records = list(streams.records_of(opened).values())
+    found = lineages.walk(records, name, stream=opened.config.name)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    out.print(lineages.render_tree(found))
+
+
+@app.command()
+def export(
+    stream: StreamPath,
+    task: Annotated[
+        str | None, typer.Argument(metavar="[TASK]", help="The model after it; default the last.")
+    ] = None,
+    to: Annotated[Path, typer.Option("--out", help="Folder to make.")] = Path("model"),
+    set_: Overrides = None,
+) -> None:
+    """Copy a task's model out of the store, in the Hugging Face layout, with where it came from.
+
+    Example: seekr export stream.yaml news --out ./news-model
+    """
+    from pipelines import stream as streams
+    from pipelines.export import export_model
+
+    opened = streams.open_stream(stream, set_ or ())
+    out.print(f"model: {export_model(opened, task, to)}", soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    stream: Annotated[
+        Path | None, typer.Argument(metavar="[STREAM]", help="Also check this stream.")
+    ] = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, and a stream's model, data, storage and tracking. Computes nothing."""
+    from pipelines.doctor import examine
+    from pipelines.tables import doctor_table
+
+    checks = examine(stream, set_ or ())
+    if as_json:
+        _print_json({"checks": [{"name": c.name, "ok": c.ok, "text": c.text} for c in checks]})
+    else:
+        out.print(doctor_table(checks))
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a stream's YAML, for editors and for reading."""
+    from pipelines.config import StreamConfig
+
+    _print_json(StreamConfig.model_json_schema())
+
+
+def main() -> None:
+    """Run the command line; turns the product's errors into a message and an exit code."""
+    for point in importlib.metadata.entry_points(group="seekr.commands"):
+        app.add_typer(point.load(), name=point.name)
+    try:
+        app()
+    except SeekrError as error:
+        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("stopped; run the same command again to go on from here")
+        sys.exit(130)
+
+
+def _statuses(statuses: Any) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    return [asdict(item) for item in statuses]
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=False))
+
+
+def _warn(text: str) -> None:
+    err.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

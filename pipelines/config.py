@@ -1,0 +1,246 @@
+"""The schema of a stream's YAML: what is learnt, how, and on what machines.
+
+Every field is typed, described, and either bears identity (it changes what is computed, so it enters
+fingerprints) or concerns execution only (where, with how many workers, how often to checkpoint: never
+in a fingerprint). `identity()` is the one place that tells them apart. Unknown fields are refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from seekr.methods.derpp import DERpp
+from seekr.methods.mtl import MTL
+from seekr.methods.replay import Replay
+from seekr.methods.seekr import SEEKR
+from seekr.methods.seqft import SeqFT
+
+AnyMethod = Annotated[SeqFT | Replay | DERpp | SEEKR | MTL, Field(discriminator="name")]
+Metric = Literal["exact_match", "accuracy", "rouge_l", "edit_similarity"]
+Name = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80, description="A plain name.")
+]
+
+
+def execution(default: Any, **options: Any) -> Any:
+    """A field that does not bear identity."""
+    return Field(default=default, json_schema_extra={"execution": True}, **options)
+
+
+class Section(BaseModel):
+    """A part of the YAML: frozen, and without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def identity(section: BaseModel) -> dict[str, Any]:
+    """Return the fields that change what is computed, as plain JSON values."""
+    fields = type(section).model_fields
+    bearing = {
+        name
+        for name, field in fields.items()
+        if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra["execution"])
+    }
+    return section.model_dump(mode="json", include=bearing)
+
+
+class ModelConfig(Section):
+    """The base model. Its identity is the digest of its files, wherever they lie."""
+
+    path: Path = execution(...)
+    """Folder in the Hugging Face layout: config.json, *.safetensors, tokenizer."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward pass and of the saved models; optimizer and master weights stay float32."""
+    trust_remote_code: bool = execution(False)
+    """Run Python code that lies in the model's folder. Off unless you say so."""
+
+
+class Columns(Section):
+    """Names of the source's columns; null finds the usual ones."""
+
+    input: str | None = None
+    output: str | None = None
+    definition: str | None = None
+
+
+class TaskOptions(Section):
+    """How a task's rows are read, written as a prompt and scored. Set for all tasks in `data`, and
+    for one of them in `tasks`."""
+
+    columns: Columns | None = None
+    template: str | None = None
+    """Prompt with {input} and perhaps {definition}; null takes what belongs to the file's layout."""
+    max_length: int | None = Field(default=None, ge=4)
+    """Tokens of prompt and answer together; a longer input is cut, never the template."""
+    max_answer_length: int | None = Field(default=None, ge=2)
+    """Tokens reserved for the answer with its EOS; also the most that evaluation generates."""
+    truncate: Literal["head", "tail"] | None = None
+    """The end of a long input that is cut off."""
+    metric: Metric | None = None
+    train_rows: int | None = Field(default=None, ge=1)
+    """Keep this many training rows, drawn by hash; null keeps all."""
+    test_rows: int | None = Field(default=None, ge=1)
+
+
+class DataConfig(TaskOptions):
+    """Defaults for every task."""
+
+    columns: Columns = Columns()  # type: ignore[assignment]
+    max_length: int = Field(default=1024, ge=4)  # type: ignore[assignment]
+    max_answer_length: int = Field(default=256, ge=2)  # type: ignore[assignment]
+    truncate: Literal["head", "tail"] = "tail"  # type: ignore[assignment]
+    metric: Metric = "rouge_l"  # type: ignore[assignment]
+    max_bad_share: float = execution(0.0, ge=0, lt=1)
+    """Share of malformed rows that is quarantined instead of stopping the run."""
+
+
+class TaskConfig(TaskOptions):
+    """One task of the stream, in learning order."""
+
+    name: Name
+    train: str = execution(...)
+    """File, folder, glob or URI of training rows; relative paths start at data_root."""
+    test: str = execution(...)
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the rows; train.epochs unless given."""
+
+
+class ReplayConfig(Section):
+    """Which old rows are kept, and how often they are seen."""
+
+    ratio: float | None = Field(default=0.01, gt=0, le=1)
+    """Share of a task's training rows that is kept."""
+    rows: int | None = Field(default=None, ge=1)
+    """Number of rows kept per task, instead of a ratio."""
+    batch_ratio: float = Field(default=1.0, gt=0)
+    """Replayed rows per new row in every optimizer step, once there is something to replay."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_two(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("rows") is not None:
+            if values.get("ratio") is not None:
+                raise ValueError("ratio and rows are both set; keep one of them")
+            return {**values, "ratio": None}
+        return values
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> ReplayConfig:
+        if self.ratio is None and self.rows is None:
+            raise ValueError("ratio and rows are both null; set one of them")
+        return self
+
+
+class TrainConfig(Section):
+    """Training of one task. The loss is normalised over the global batch."""
+
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    """New rows per optimizer step over all workers; replayed rows come on top."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    micro_batch_size: int = execution(8, ge=1)
+    """Rows per forward pass of a worker. Does not change the result."""
+    workers: int = execution(1, ge=1)
+    strategy: Literal["ddp", "fsdp"] = execution("ddp")
+    """`fsdp` is FSDP2 (fully_shard)."""
+    cpus_per_worker: int = execution(1, ge=1)
+    gpus_per_worker: float = execution(0, ge=0)
+    checkpoint_every: int = execution(200, ge=1)
+    """Optimizer steps between checkpoints."""
+    max_failures: int = execution(3, ge=0)
+    """Worker failures survived per stage, each from the last checkpoint."""
+
+
+class PoolConfig(Section):
+    """A pool of actors, each with the models it needs."""
+
+    actors: int = execution(1, ge=1)
+    batch_size: int = execution(8, ge=1)
+    """Rows per forward pass."""
+    cpus: float = execution(1, ge=0)
+    gpus: float = execution(0, ge=0)
+
+
+class TeachConfig(PoolConfig):
+    """How targets are written."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of stored logits and attention rows."""
+
+
+class EvaluateConfig(PoolConfig):
+    """Greedy generation on the test rows."""
+
+    batch_size: int = execution(32, ge=1)
+    forward_transfer: bool = False
+    """Also score each task before it is learnt, and the base model on it (FWT)."""
+
+
+class TrackingConfig(Section):
+    """MLflow, a view of the records that can be rebuilt."""
+
+    uri: str | None = execution(None)
+    """Of the server; null is sqlite in the local storage folder, `off` tracks nothing."""
+
+
+class RayConfig(Section):
+    """The cluster."""
+
+    address: str | None = execution(None)
+    """Of a running cluster; null starts a local one."""
+    num_cpus: int | None = execution(None, ge=1)
+    """Logical CPUs of the local one."""
+    parallel_stages: int = execution(2, ge=1)
+    """Independent stages that may run at the same time."""
+
+
+class StreamConfig(Section):
+    """A stream: a base model, a method, and an append-only list of tasks."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig
+    data_root: Path | None = execution(None)
+    """Folder that the tasks' files are relative to; the YAML's own folder unless given."""
+    data: DataConfig = DataConfig()
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    method: AnyMethod
+    replay: ReplayConfig = ReplayConfig()
+    train: TrainConfig = TrainConfig()
+    score: PoolConfig = PoolConfig()
+    teach: TeachConfig = TeachConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    storage: str = execution("seekr-store")
+    """Folder or URI (s3://, gs://) of all artifacts; a relative folder is relative to where you are."""
+    tracking: TrackingConfig = TrackingConfig()
+    ray: RayConfig = RayConfig()
+
+    @field_validator("tasks")
+    @classmethod
+    def _distinct_names(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+        seen: set[str] = set()
+        for task in tasks:
+            if task.name.lower() in seen:
+                raise ValueError(f"the task name {task.name!r} occurs twice; give each its own")
+            if task.name.lower() in {"all", "base"}:
+                raise ValueError(f"the task name {task.name!r} is reserved; choose another")
+            seen.add(task.name.lower())
+        return tasks
+
+    def options(self, task: TaskConfig) -> DataConfig:
+        """Return a task's options with the defaults filled in."""
+        own = {
+            name: getattr(task, name)
+            for name in TaskOptions.model_fields
+            if getattr(task, name) is not None
+        }
+        return self.data.model_copy(update=own)

@@ -1,0 +1,151 @@
+"""Evaluate: a row of the accuracy matrix, by greedy generation on the tasks' test rows.
+
+Every model of the stage goes over its tasks' rows on an actor pool. Predictions are kept, so a score
+can be looked into and computed again; a cell is the mean of its rows' scores, summed in row order.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipelines.config import PoolConfig, StreamConfig
+from pipelines.monitor import Reporter
+from pipelines.pool import ModelSource, map_on_pool, prepare_device, rows_in_blocks
+from pipelines.rowsets import TEST, load_table, rows_of
+from pipelines.stage import StageOutcome
+from pipelines.workspace import Workspace
+from seekr.metrics import METRICS
+from seekr.models import generate_greedy, load_tokenizer
+from seekr.prompts import collate_prompts, eos_id_of, pad_id_of
+
+CELLS = "scores.json"
+PREDICTIONS = "predictions.parquet"
+PREDICTION_SCHEMA = pa.schema(
+    [
+        ("model_after", pa.string()),
+        ("task", pa.string()),
+        ("row_id", pa.string()),
+        ("prediction", pa.string()),
+        ("references", pa.list_(pa.string())),
+        ("score", pa.float64()),
+    ]
+)
+
+
+def evaluate(
+    workspace: Workspace, config: StreamConfig, task: str, report: Reporter
+) -> StageOutcome:
+    """Run the stage; writes scores.json and predictions.parquet."""
+    tasks = workspace.config["tasks"]
+    models = [name for name in workspace.inputs if name.startswith("model.")]
+    if task.endswith("--before"):
+        models.append("model.base")
+    table = pa.concat_tables(
+        _with_task(load_table(workspace.inputs[f"data.{name}"], TEST), name) for name in tasks
+    )
+    report.post(force=True, rows_done=0, rows=table.num_rows * len(models))
+    predictions: list[pa.Table] = []
+    cells: list[dict[str, Any]] = []
+    for name in models:
+        started = time.monotonic()
+        arguments = {
+            "model": ModelSource.of(workspace, config, name),
+            "model_after": name.removeprefix("model."),
+            "tasks": tasks,
+            "report": report,
+        }
+        rows = rows_in_blocks(table, config.evaluate)
+        mapped = map_on_pool(rows, _Generator, arguments, config.evaluate)
+        found = pa.concat_tables(ray_tables(mapped)).sort_by([("task", "ascending"), ("row_id", "ascending")])
+        predictions.append(found)
+        seconds = time.monotonic() - started
+        cells += [_cell(found, name, other, tasks[other], seconds) for other in tasks]
+    with workspace.store.filesystem.open_output_stream(workspace.full_path(PREDICTIONS)) as sink:
+        pq.write_table(pa.concat_tables(predictions), sink)
+    workspace.write_json(CELLS, {"cells": cells, "decoding": {"strategy": "greedy"}})
+    stats = {f"{cell['model_after']}/{cell['task']}": cell["score"] for cell in cells}
+    return StageOutcome(rows=table.num_rows * len(models), stats=stats)
+
+
+def ray_tables(dataset: Any) -> list[pa.Table]:
+    """Return a small dataset's blocks as Arrow tables in this process."""
+    return [batch for batch in dataset.iter_batches(batch_format="pyarrow", batch_size=None)]
+
+
+def _with_task(table: pa.Table, task: str) -> pa.Table:
+    return table.append_column("task", pa.array([task] * table.num_rows, pa.string()))
+
+
+def _cell(
+    predictions: pa.Table, model: str, task: str, settings: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    own = predictions.filter(pc.equal(predictions["task"], task))
+    share = own.num_rows / predictions.num_rows
+    return {
+        "model_after": model.removeprefix("model."),
+        "task": task,
+        "metric": settings["metric"],
+        "score": math.fsum(own["score"].to_pylist()) / own.num_rows,
+        "rows": own.num_rows,
+        "seconds": seconds * share,
+    }
+
+
+class _Generator:
+    """An actor with one model and its tokenizer."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelSource,
+        model_after: str,
+        tasks: dict[str, Any],
+        report: Reporter,
+        pool: PoolConfig,
+    ) -> None:
+        self._device = prepare_device(pool)
+        self._model = model.load("sdpa").to(self._device)  # pyright: ignore
+        self._tokenizer = load_tokenizer(
+            model.folder(), trust_remote_code=model.trust_remote_code
+        )
+        self._model_after, self._tasks = model_after, tasks
+        self._report = report.named(f"generator-{model_after}-{id(self)}")
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        # A batch may hold rows of two tasks; they have their own limits, so they go separately.
+        names = list(dict.fromkeys(table["task"].to_pylist()))
+        parts = [self._generate(table.filter(pc.equal(table["task"], name)), name) for name in names]
+        return pa.concat_tables(parts)
+
+    def _generate(self, table: pa.Table, task: str) -> pa.Table:
+        rows, settings = rows_of(table), self._tasks[task]
+        pad_id = pad_id_of(self._tokenizer)
+        generated = generate_greedy(
+            self._model,
+            collate_prompts(rows, pad_id).to(self._device),
+            settings["max_new_tokens"],
+            eos_id_of(self._tokenizer),
+            pad_id,
+        )
+        metric = METRICS[settings["metric"]]
+        texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in generated]
+        self._report.add_rows(len(rows))
+        return pa.table(
+            {
+                "model_after": [self._model_after] * len(rows),
+                "task": [task] * len(rows),
+                "row_id": [row.row_id for row in rows],
+                "prediction": texts,
+                "references": [list(row.references) for row in rows],
+                "score": [
+                    metric(text, row.references) for text, row in zip(texts, rows, strict=True)
+                ],
+            },
+            schema=PREDICTION_SCHEMA,
+        )

@@ -1,0 +1,49 @@
+"""Taking a model out of the store: a Hugging Face folder, and a note of where it came from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from pipelines.artifact import Artifact, verify
+from pipelines.graph import ALL_TASKS
+from pipelines.lineage import walk
+from pipelines.pool import MODEL_FOLDER
+from pipelines.stage import find
+from pipelines.stream import Stream, records_of
+from seekr.errors import ConfigError
+
+ORIGIN = "seekr-origin.json"
+
+
+def export_model(stream: Stream, task: str | None, folder: Path) -> Path:
+    """Copy the model after `task` (the last task by default) into a new folder.
+
+    Raises:
+        ConfigError: no such task, not learnt yet, or the folder is not empty.
+        StoreError: the stored model is not what its record says.
+    """
+    trainings = {stage.task: stage for stage in stream.stages if stage.name == "train"}
+    name = task or (ALL_TASKS if ALL_TASKS in trainings else stream.config.tasks[-1].name)
+    if name not in trainings:
+        raise ConfigError(
+            f"task {name!r} is not in the stream; there are {', '.join(trainings)}: choose one"
+        )
+    record = find(stream.store, trainings[name])
+    if record is None:
+        raise ConfigError(
+            f"task {name!r} has not been learnt with these settings yet; run the stream first: "
+            f"seekr run {stream.path}"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--out {folder} exists and is not an empty folder; choose another")
+    verify(stream.store, record)
+    artifact = Artifact(store=stream.store, record=record)
+    shutil.copytree(artifact.local(MODEL_FOLDER), folder, dirs_exist_ok=True)
+    origin = walk(list(records_of(stream).values()), record.fingerprint, stream=stream.config.name)
+    note = {"stream": stream.config.name, "task": name, "lineage": origin.to_json()}
+    note["weights"] = [asdict(output) for output in record.outputs]
+    (folder / ORIGIN).write_text(json.dumps(note, indent=2))
+    return folder.absolute()

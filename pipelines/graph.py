@@ -1,0 +1,224 @@
+"""From a stream to its stages: the one place that knows what follows from what.
+
+The graph is pure: it reads the config and the digests of the outside world and returns stage
+descriptions in an order that respects their inputs. What a method does not need is not there; what
+two methods have in common (ingest, the first task's training) has the same fingerprint in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.config import StreamConfig, TaskConfig, identity
+from pipelines.stage import Stage
+from pipelines.survey import Facts
+from seekr.methods.seekr import SEEKR
+
+# Raise a number when the same inputs would give another output than before.
+VERSIONS = {
+    "ingest": 1,
+    "sample": 1,
+    "train": 1,
+    "score": 1,
+    "select": 1,
+    "teach": 1,
+    "evaluate": 1,
+}
+ALL_TASKS = "all"
+BASE = "base"
+
+
+def retaught(task: str, after: str) -> str:
+    """Name the targets of an earlier task that were made anew after a later one."""
+    return f"{task}--after--{after}"
+
+
+def before(task: str) -> str:
+    """Name the evaluation of a task that is about to be learnt."""
+    return f"{task}--before"
+
+
+def build_graph(config: StreamConfig, facts: Facts) -> tuple[Stage, ...]:
+    """Return the stream's stages; each comes after all of its inputs."""
+    builder = _Builder(config, facts)
+    if config.method.needs.all_tasks:
+        builder.joint()
+    else:
+        for index in range(len(config.tasks)):
+            builder.task(index)
+    return tuple(builder.stages)
+
+
+class _Builder:
+    """Adds stages task by task, remembering the newest of each kind per task."""
+
+    def __init__(self, config: StreamConfig, facts: Facts) -> None:
+        self._config, self._facts = config, facts
+        self._method = config.method
+        self._latest: dict[tuple[str, str], Stage] = {}
+        self.stages: list[Stage] = []
+
+    def task(self, index: int) -> None:
+        """Add what learning task `index` takes."""
+        task, needs = self._config.tasks[index], self._method.needs
+        known = [other.name for other in self._config.tasks[: index + 1]]
+        self._ingest(task)
+        if self._config.evaluate.forward_transfer and index > 0:
+            self._evaluate_before(task, known[-2])
+        if needs.replay:
+            self._sample(task)
+        self._train(task, earlier=known[:-1])
+        if needs.heads:
+            self._score(task, earlier=known[:-1])
+            self._select(task, known)
+        if needs.teacher:
+            self._teach(known)
+        self._evaluate(task.name, known)
+
+    def joint(self) -> None:
+        """Add one training on all tasks' rows."""
+        for task in self._config.tasks:
+            self._ingest(task)
+        names = [task.name for task in self._config.tasks]
+        inputs = {f"data.{name}": self._latest["ingest", name] for name in names}
+        settings = self._training(self._config.train.epochs, replayed=False)
+        self._add("train", ALL_TASKS, settings, inputs, {"model": self._facts.model_digest})
+        self._evaluate(ALL_TASKS, names)
+
+    def _ingest(self, task: TaskConfig) -> None:
+        facts, options = self._facts.tasks[task.name], self._config.options(task)
+        settings = identity(options) | {"template": facts.template}
+        del settings["metric"]
+        sources = {
+            "train": facts.train.digest,
+            "test": facts.test.digest,
+            "tokenizer": self._facts.tokenizer_digest,
+        }
+        self._add("ingest", task.name, settings, {}, sources)
+
+    def _sample(self, task: TaskConfig) -> None:
+        replay = self._config.replay
+        settings = {"ratio": replay.ratio, "rows": replay.rows, "seed": self._config.seed}
+        self._add("sample", task.name, settings, {"data": self._latest["ingest", task.name]})
+
+    def _train(self, task: TaskConfig, earlier: list[str]) -> None:
+        inputs = {f"data.{task.name}": self._latest["ingest", task.name]}
+        replayed = self._method.needs.replay and bool(earlier)
+        if replayed:
+            inputs |= {f"replay.{name}": self._latest["sample", name] for name in earlier}
+            if self._method.needs.teacher:
+                inputs |= {f"targets.{name}": self._latest["teach", name] for name in earlier}
+        settings = self._training(task.epochs or self._config.train.epochs, replayed)
+        self._add("train", task.name, settings, inputs | self._model("model", earlier))
+
+    def _training(self, epochs: int, replayed: bool) -> dict[str, Any]:
+        method = self._method.loss_settings() if replayed else self._method.first_task_settings()
+        settings = identity(self._config.train) | {
+            "epochs": epochs,
+            "seed": self._config.seed,
+            "dtype": self._config.model.dtype,
+            "method": method,
+        }
+        return settings | ({"batch_ratio": self._config.replay.batch_ratio} if replayed else {})
+
+    def _model(self, name: str, learnt: list[str]) -> dict[str, Stage]:
+        """Return the input that is the model after the tasks learnt, nothing for the base."""
+        return {name: self._latest["train", learnt[-1]]} if learnt else {}
+
+    def _score(self, task: TaskConfig, earlier: list[str]) -> None:
+        assert isinstance(self._method, SEEKR)
+        shape = self._facts.shape
+        settings = {
+            "query_budget": self._method.query_budget,
+            "num_layers": shape.num_layers,
+            "num_heads": shape.num_heads,
+            **self._precision(),
+        }
+        inputs = {
+            "after": self._latest["train", task.name],
+            "replay": self._latest["sample", task.name],
+        }
+        self._add("score", task.name, settings, inputs | self._model("before", earlier))
+
+    def _select(self, task: TaskConfig, known: list[str]) -> None:
+        assert isinstance(self._method, SEEKR)
+        fields = {"layer_budget", "head_budget", "heads", "definition", "combine"}
+        settings = self._method.model_dump(mode="json", include=fields)
+        if self._method.heads == "random":
+            settings["seed"] = self._config.seed
+        inputs = {f"scores.{name}": self._latest["score", name] for name in known}
+        self._add("select", task.name, settings, inputs)
+
+    def _teach(self, known: list[str]) -> None:
+        """Write targets of the newest task, and of earlier ones if their heads are chosen anew."""
+        method, newest = self._method, known[-1]
+        again = isinstance(method, SEEKR) and method.scope == "global"
+        settings = {
+            "logits": method.needs.logits,
+            "logit_shift": getattr(method, "logit_shift", True),
+            "stored_dtype": self._config.teach.dtype,
+            **self._precision(),
+        }
+        for name in known if again else [newest]:
+            inputs = {
+                "teacher": self._latest["train", name],
+                "replay": self._latest["sample", name],
+            }
+            if isinstance(method, SEEKR):
+                settings["query_budget"] = method.query_budget
+                inputs["heads"] = self._latest["select", newest]
+            label = name if name == newest else retaught(name, newest)
+            self._latest["teach", name] = self._add("teach", label, settings, inputs)
+
+    def _precision(self) -> dict[str, Any]:
+        return {"seed": self._config.seed, "dtype": self._config.model.dtype}
+
+    def _evaluate(self, learnt: str, tasks: list[str]) -> None:
+        inputs = {f"data.{name}": self._latest["ingest", name] for name in tasks}
+        inputs[f"model.{learnt}"] = self._latest["train", learnt]
+        self._add("evaluate", learnt, self._decoding(tasks), inputs)
+
+    def _evaluate_before(self, task: TaskConfig, previous: str) -> None:
+        inputs = {
+            f"data.{task.name}": self._latest["ingest", task.name],
+            f"model.{previous}": self._latest["train", previous],
+        }
+        sources = {f"model.{BASE}": self._facts.model_digest}
+        settings = self._decoding([task.name])
+        self._add("evaluate", before(task.name), settings, inputs, sources)
+
+    def _decoding(self, tasks: list[str]) -> dict[str, Any]:
+        by_name = {task.name: self._config.options(task) for task in self._config.tasks}
+        cells = {
+            name: {
+                "metric": by_name[name].metric,
+                "max_new_tokens": by_name[name].max_answer_length,
+            }
+            for name in tasks
+        }
+        return {"decoding": "greedy", "tasks": cells, "dtype": self._config.model.dtype}
+
+    def _add(
+        self,
+        name: str,
+        task: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Stage],
+        sources: Mapping[str, str] | None = None,
+    ) -> Stage:
+        if sources is None:
+            starts_from_base = {"train": "model", "score": "before"}.get(name)
+            missing = starts_from_base is not None and starts_from_base not in inputs
+            sources = {starts_from_base: self._facts.model_digest} if missing else {}
+        stage = Stage(
+            name=name,
+            version=VERSIONS[name],
+            task=task,
+            config=dict(settings),
+            inputs=dict(inputs),
+            sources={str(key): digest for key, digest in sources.items()},
+        )
+        self.stages.append(stage)
+        self._latest[name, task] = stage
+        return stage

@@ -1,0 +1,75 @@
+"""How a running stage tells what it is doing: small numbers, sent and forgotten.
+
+One actor per run keeps the newest numbers of every running stage. Workers and actors anywhere post to
+it without waiting; the driver polls it for the live view. Losing a post loses a line on a screen,
+never a result. This module must stay light: every process that reports imports it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+# Seconds between two posts of one reporter.
+POST_INTERVAL = 0.5
+
+
+class Monitor:
+    """The actor: per stage the newest fields, and sums over reporters of `rows_done`."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, dict[str, int]] = {}
+
+    def post(self, stage: str, reporter: str, fields: dict[str, Any]) -> None:
+        """Merge fields of one reporter; its `rows_done` is added to the other reporters'."""
+        rows = fields.pop("rows_done", None)
+        if rows is not None:
+            self._rows.setdefault(stage, {})[reporter] = rows
+            fields["rows_done"] = sum(self._rows[stage].values())
+        self._stages.setdefault(stage, {}).update(fields)
+
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """Return the newest fields of all stages."""
+        return self._stages
+
+    def clear(self, stage: str) -> None:
+        """Forget a stage that has ended."""
+        self._stages.pop(stage, None)
+        self._rows.pop(stage, None)
+
+
+def start_monitor() -> Any:
+    """Start the actor on the driver's cluster; it takes no resources."""
+    return ray.remote(num_cpus=0)(Monitor).remote()
+
+
+@dataclass(slots=True)
+class Reporter:
+    """Posts for one process of one stage, at most twice a second. Picklable."""
+
+    monitor: Any
+    stage: str
+    name: str = "driver"
+    _last: float = field(default=0.0, repr=False)
+    _rows: int = field(default=0, repr=False)
+
+    def post(self, *, force: bool = False, **fields: Any) -> None:
+        """Send fields; dropped when the last post is too recent, unless forced."""
+        now = time.monotonic()
+        if self.monitor is None or (not force and now - self._last < POST_INTERVAL):
+            return
+        self._last = now
+        self.monitor.post.remote(self.stage, self.name, dict(fields))
+
+    def add_rows(self, count: int) -> None:
+        """Count rows that this process has finished."""
+        self._rows += count
+        self.post(rows_done=self._rows)
+
+    def named(self, name: str) -> Reporter:
+        """Return a reporter of the same stage for another process."""
+        return Reporter(self.monitor, self.stage, name)

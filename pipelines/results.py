@@ -1,0 +1,222 @@
+"""What a stream has produced, read from its records: the one input of the report and of lineage.
+
+A `StreamView` is a list of stage results in graph order plus the stream's name and configuration.
+All it shows (accuracy cells, head selections, loss histories, sizes, digests) is read on demand
+from the files that the records name, so a view of a finished stream, of a stream that is half done
+and of one that was deleted down to its records are the same object with more or fewer parts.
+Nothing is written here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipelines.artifact import Artifact, StageRecord
+from seekr.metrics import BASE, AccuracyMatrix
+
+if TYPE_CHECKING:
+    from pipelines.config import StreamConfig
+
+AFTER = "--after--"  # as in pipelines.graph.retaught
+BEFORE = "--before"  # as in pipelines.graph.before
+ALL_TASKS = "all"
+State = Literal["ran", "reused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageResult:
+    """One committed stage and how this run got it."""
+
+    artifact: Artifact
+    state: State = "reused"
+
+    @property
+    def record(self) -> StageRecord:
+        return self.artifact.record
+
+    @property
+    def stage(self) -> str:
+        return self.record.stage
+
+    @property
+    def task(self) -> str:
+        return self.record.task
+
+    @property
+    def fingerprint(self) -> str:
+        return self.record.fingerprint
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(output.size for output in self.record.outputs)
+
+    @property
+    def learnt(self) -> str:
+        """The task whose arrival made this stage necessary, for sums per task."""
+        return self.task.split(AFTER)[-1].removesuffix(BEFORE)
+
+    def size_of(self, path: str) -> int:
+        """Bytes of one output, 0 when the stage has no such file."""
+        return sum(output.size for output in self.record.outputs if output.path == path)
+
+    def read_json(self, path: str) -> Any:
+        """The content of a JSON output, or None when the record does not list the file."""
+        if not any(output.path == path for output in self.record.outputs):
+            return None
+        return self.artifact.read_json(path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The heads chosen after a task, and the importance [L][H] they were chosen by."""
+
+    task: str
+    importance: Sequence[Sequence[float]]
+    heads: frozenset[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """The per-step log of one train stage, in step order."""
+
+    task: str
+    steps: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaySize:
+    """What a task costs in the replay store; `stale_bytes`: targets that re-teaching replaced."""
+
+    task: str
+    rows: int | None
+    row_bytes: int
+    target_bytes: int
+    stale_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamView:
+    """A stream's stages in graph order and its tasks; `config` is the YAML as a mapping."""
+
+    name: str
+    method: str
+    model: str
+    tasks: tuple[str, ...]
+    config: Mapping[str, Any]
+    stages: tuple[StageResult, ...]
+
+    @classmethod
+    def of_config(cls, config: StreamConfig, stages: Sequence[StageResult]) -> StreamView:
+        """The view of a stream that is described by its configuration."""
+        return cls(
+            name=config.name,
+            method=config.method.name,
+            model=config.model.path.name,
+            tasks=tuple(task.name for task in config.tasks),
+            config=config.model_dump(mode="json"),
+            stages=tuple(stages),
+        )
+
+    def of(self, stage: str) -> Iterator[StageResult]:
+        """The results of one kind of stage, in graph order."""
+        return (result for result in self.stages if result.stage == stage)
+
+    def matrix(self) -> AccuracyMatrix:
+        """R[i][j] from every evaluate stage; cells of tasks the stream no longer names are left
+        out.
+
+        A model trained on all tasks at once fills the last row. When a cell was measured by several
+        metrics the first one listed is the task's own and counts.
+        """
+        found: dict[tuple[str, str], float] = {}
+        for cell in self._cells():
+            after = self.tasks[-1] if cell["model_after"] == ALL_TASKS else cell["model_after"]
+            if (after == BASE or after in self.tasks) and cell["task"] in self.tasks:
+                found.setdefault((after, cell["task"]), float(cell["score"]))
+        return AccuracyMatrix(tasks=self.tasks, cells=found)
+
+    def learnt(self, matrix: AccuracyMatrix) -> int | None:
+        """Index (from 0) of the last task that was evaluated by its own model, or None."""
+        rows = [i for i, task in enumerate(self.tasks) if (task, task) in matrix.cells]
+        return max(rows, default=None)
+
+    def metrics_of_tasks(self) -> dict[str, str]:
+        """The name of the metric each task is scored by."""
+        named: dict[str, str] = {}
+        for cell in self._cells():
+            named.setdefault(cell["task"], cell["metric"])
+        return named
+
+    def selections(self) -> list[Selection]:
+        """One per select stage, in task order; empty for methods without heads."""
+        return [
+            Selection(
+                task=result.task, importance=_floats(content["importance"]), heads=_pairs(content)
+            )
+            for result in self.of("select")
+            if (content := result.read_json("heads.json")) is not None
+        ]
+
+    def histories(self) -> list[History]:
+        """One per train stage that logged any step."""
+        return [
+            History(task=result.task, steps=content["steps"])
+            for result in self.of("train")
+            if (content := result.read_json("history.json")) and content["steps"]
+        ]
+
+    def replay(self) -> list[ReplaySize]:
+        """Replay store per task: its sampled rows and its last teach stage's targets."""
+        sizes = []
+        for sample in self.of("sample"):
+            taught = [r for r in self.of("teach") if r.task.split(AFTER)[0] == sample.task]
+            bytes_each = [result.size_of("targets.parquet") for result in taught]
+            sizes.append(
+                ReplaySize(
+                    task=sample.task,
+                    rows=sample.record.rows,
+                    row_bytes=sample.size_of("replay.parquet"),
+                    target_bytes=bytes_each[-1] if bytes_each else 0,
+                    stale_bytes=sum(bytes_each[:-1]),
+                )
+            )
+        return sizes
+
+    def replay_bytes(self) -> int:
+        """Bytes that the next training would read from the replay store."""
+        return sum(size.row_bytes + size.target_bytes for size in self.replay())
+
+    def sources(self) -> list[tuple[str, str, str]]:
+        """(task, source name, content digest) of everything that entered from outside."""
+        return [
+            (result.task, name, digest)
+            for result in self.stages
+            for name, digest in result.record.payload["sources"].items()
+        ]
+
+    def versions(self) -> dict[str, list[str]]:
+        """Library -> the distinct versions the stages ran with; more than one is worth a look."""
+        found: dict[str, dict[str, None]] = {}
+        for result in self.stages:
+            for library, version in result.record.versions.items():
+                found.setdefault(library, {})[str(version)] = None
+        return {library: list(found[library]) for library in sorted(found)}
+
+    def seconds(self, *, ran_only: bool = False) -> float:
+        """Wall seconds of all stages, wherever and whenever they ran, or of this run's alone."""
+        return sum(r.record.seconds for r in self.stages if r.state == "ran" or not ran_only)
+
+    def _cells(self) -> Iterator[Mapping[str, Any]]:
+        for result in self.of("evaluate"):
+            yield from (result.read_json("scores.json") or {}).get("cells", ())
+
+
+def _floats(rows: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    return [[math.nan if value is None else float(value) for value in row] for row in rows]
+
+
+def _pairs(content: Mapping[str, Any]) -> frozenset[tuple[int, int]]:
+    return frozenset((int(layer), int(head)) for layer, head in content["heads"])

@@ -1,0 +1,91 @@
+"""The Ray cluster of a run: a running one by address, or a local one sized for the stream.
+
+On a laptop the logical CPUs of the local cluster are set so that the configured workers and actors
+always fit beside each other: a placement that could never be met would wait for ever. On a cluster
+that is not ours the same is checked and refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+
+from pipelines.config import StreamConfig
+from seekr.errors import ConfigError
+
+# Ray Train's default of 2 s is added to every short stage; polling is cheap.
+_TRAIN_POLL_SECONDS = "0.2"
+_QUIET_LOGGERS = ("ray.data", "ray.train", "ray.serve", "ray")
+# Logical CPUs for Ray Data's own read and write tasks.
+_TASK_CPUS = 2
+
+
+@contextmanager
+def ray_session(config: StreamConfig) -> Iterator[None]:
+    """Connect to the stream's cluster, or start a local one; a session that exists is used as is.
+
+    Raises:
+        ConfigError: the cluster can never hold what the stream asks for.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _TRAIN_POLL_SECONDS)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    mine = not ray.is_initialized()
+    if mine:
+        _connect(config)
+    try:
+        _check_resources(config)
+        _configure_data()
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def required_cpus(config: StreamConfig) -> float:
+    """Return the logical CPUs that let a training and a pool of actors run side by side."""
+    pools = (config.score, config.teach, config.evaluate)
+    training = config.train.workers * config.train.cpus_per_worker
+    return training + max(pool.actors * pool.cpus for pool in pools) + _TASK_CPUS
+
+
+def _connect(config: StreamConfig) -> None:
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if config.ray.address is not None:
+        ray.init(address=config.ray.address, **quiet)
+        return
+    cpus = max(config.ray.num_cpus or 0, os.cpu_count() or 1, int(required_cpus(config) + 0.999))
+    # The dashboard answers Ray Train's cleaner, which otherwise keeps polling after every stage.
+    ray.init(num_cpus=cpus, include_dashboard=True, dashboard_port=None, **quiet)
+
+
+def _check_resources(config: StreamConfig) -> None:
+    total = ray.cluster_resources()
+    pools = (config.score, config.teach, config.evaluate)
+    wanted_gpus = max(
+        [config.train.workers * config.train.gpus_per_worker]
+        + [pool.actors * pool.gpus for pool in pools]
+    )
+    wanted = {"CPU": config.train.workers * config.train.cpus_per_worker, "GPU": wanted_gpus}
+    for name, needed in wanted.items():
+        has = total.get(name, 0.0)
+        if needed > has:
+            raise ConfigError(
+                f"the stream needs {needed:g} {name}s at once and the Ray cluster has {has:g}; "
+                "lower train.workers, train.cpus_per_worker or the pools, or add nodes"
+            )
+
+
+def _configure_data() -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # Sorted in, sorted out: what is written under an address has one order.
+    context.execution_options.preserve_order = True
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

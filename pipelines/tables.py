@@ -1,0 +1,113 @@
+"""Results and states as tables for a terminal, and as plain values for `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.doctor import Check
+from pipelines.results import StreamView
+from pipelines.stream import StageStatus
+
+_COLOURS = {
+    "ran": "green",
+    "reused": "cyan",
+    "running": "yellow",
+    "failed": "red",
+    "missing": "magenta",
+}
+
+
+def matrix_table(view: StreamView) -> Group:
+    """Return the matrix R: a row per task learnt, a column per task tested, and OP and BWT below."""
+    matrix = view.matrix()
+    table = Table(title=f"{view.name}: accuracy after each task ({view.method})", title_justify="left")
+    table.add_column("after")
+    for name in view.tasks:
+        table.add_column(name, justify="right")
+    for name, row in zip(view.tasks, matrix.rows(), strict=False):
+        if any(value is not None for value in row):
+            table.add_row(name, *(_percent(value) for value in row))
+    found = summary(view)
+    text = f"OP {_percent(found['op'])}   BWT {_percent(found['bwt'])} (T-1)"
+    text += f"   {_percent(found['bwt_t'])} (T)"
+    if found["fwt"] is not None:
+        text += f"   FWT {_percent(found['fwt'])}"
+    return Group(table, Text(text, "bold"))
+
+
+def summary(view: StreamView) -> dict[str, Any]:
+    """Return the figures of a stream: R, OP, BWT with both denominators, FWT, forgetting."""
+    matrix = view.matrix()
+    return {
+        "stream": view.name,
+        "method": view.method,
+        "tasks": list(view.tasks),
+        "matrix": [list(row) for row in matrix.rows()],
+        "op": matrix.op(),
+        "bwt": matrix.bwt(),
+        "bwt_t": matrix.bwt(denominator="trace"),
+        "fwt": matrix.fwt(),
+        "forgetting": matrix.forgetting(),
+        "replay_bytes": view.replay_bytes(),
+    }
+
+
+def plan_table(statuses: Sequence[StageStatus]) -> Group:
+    """Return which stages would run, and how many."""
+    table = Table(title="plan", title_justify="left")
+    for column in ("stage", "task", "fingerprint", "would"):
+        table.add_column(column)
+    for item in statuses:
+        word = _would(item)
+        style = "cyan" if word == "be reused" else "magenta"
+        table.add_row(item.name, item.task, item.fingerprint[:12], Text(word, style))
+    reused = sum(_would(item) == "be reused" for item in statuses)
+    return Group(table, Text(f"{len(statuses) - reused} to run, {reused} reused", "bold"))
+
+
+def status_table(statuses: Sequence[StageStatus]) -> Table:
+    """Return the state of every stage."""
+    table = Table(title="status", title_justify="left")
+    for column in ("stage", "task", "fingerprint", "state"):
+        table.add_column(column)
+    for column in ("seconds", "rows", "peak memory"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for item in statuses:
+        memory = item.peak_memory_bytes
+        table.add_row(
+            item.name,
+            item.task,
+            item.fingerprint[:12],
+            Text(item.state, _COLOURS[item.state]),
+            "" if item.seconds is None else f"{item.seconds:.1f}",
+            "" if item.rows is None else str(item.rows),
+            "" if memory is None else f"{memory / 2**20:.0f} MiB",
+            Text(item.error or "", "red"),
+        )
+    return table
+
+
+def doctor_table(checks: Sequence[Check]) -> Table:
+    """Return the checks, failed ones in red."""
+    table = Table(title="doctor", title_justify="left")
+    for column in ("check", "", "found"):
+        table.add_column(column)
+    for check in checks:
+        mark = Text("ok", "green") if check.ok else Text("no", "red")
+        table.add_row(check.name, mark, Text(check.text))
+    return table
+
+
+def _would(item: StageStatus) -> str:
+    known = {"ran": "be reused", "reused": "be reused", "running": "wait: it is running"}
+    return known.get(item.state, "run again" if item.state == "failed" else "run")
+
+
+def _percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.1f}"

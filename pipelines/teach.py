@@ -1,0 +1,84 @@
+"""Teach: the model that has just learnt a task writes what its students will need.
+
+Per replay row one binary value: answer-position logits, and attention rows of the selected heads at
+the sampled query positions. Rows and targets are joined by row id later, never by position.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.config import PoolConfig, StreamConfig
+from pipelines.monitor import Reporter
+from pipelines.pool import ModelSource, map_on_pool, prepare_device, rows_in_blocks
+from pipelines.rowsets import REPLAY, load_table, rows_of, write_rows
+from pipelines.select import read_selection
+from pipelines.stage import StageOutcome
+from pipelines.workspace import Workspace
+from seekr.prompts import collate
+from seekr.sampling import query_positions
+from seekr.teacher import encode_target, teach_batch
+
+TARGETS = "targets"
+TARGET_SCHEMA = pa.schema([("row_id", pa.string()), ("target", pa.large_binary())])
+
+
+def teach(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
+    """Run the stage; writes targets/."""
+    table = load_table(workspace.inputs["replay"], REPLAY)
+    report.post(force=True, rows_done=0, rows=table.num_rows)
+    heads = workspace.inputs.get("heads")
+    arguments = {
+        "teacher": ModelSource.of(workspace, config, "teacher"),
+        "heads_by_layer": None if heads is None else read_selection(heads).by_layer(),
+        "settings": dict(workspace.config),
+        "report": report,
+    }
+    targets = map_on_pool(rows_in_blocks(table, config.teach), _Teacher, arguments, config.teach)
+    write_rows(targets, workspace, TARGETS)
+    return StageOutcome(
+        rows=table.num_rows, stats={}, seeds={"query_positions": workspace.config["seed"]}
+    )
+
+
+class _Teacher:
+    """An actor with one model."""
+
+    def __init__(
+        self,
+        *,
+        teacher: ModelSource,
+        heads_by_layer: dict[int, tuple[int, ...]] | None,
+        settings: dict[str, Any],
+        report: Reporter,
+        pool: PoolConfig,
+    ) -> None:
+        self._device = prepare_device(pool)
+        attention = "seekr" if heads_by_layer else "sdpa"
+        self._model = teacher.load(attention).to(self._device)  # pyright: ignore
+        self._heads, self._settings = heads_by_layer, settings
+        self._report = report.named(f"teacher-{id(self)}")
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows, settings = rows_of(table), self._settings
+        positions = [
+            query_positions(
+                settings["seed"], row.row_id, len(row.input_ids), settings.get("query_budget")
+            )
+            for row in rows
+        ]
+        targets = teach_batch(
+            self._model,
+            collate(rows, pad_id=0).to(self._device),
+            self._heads,
+            positions,
+            logits=settings["logits"],
+            shift=settings["logit_shift"],
+        )
+        self._report.add_rows(len(rows))
+        encoded = [encode_target(target, dtype=settings["stored_dtype"]) for target in targets]
+        return pa.table(
+            {"row_id": [row.row_id for row in rows], "target": encoded}, schema=TARGET_SCHEMA
+        )

@@ -1,0 +1,117 @@
+"""Train: one task learnt by a group of workers under Ray Train, resumed where it was left.
+
+The trainer's storage is the stage's own `checkpoints/` folder and its name never changes, so a run
+that finds the stage unfinished continues from the newest checkpoint there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    WorkerGroupError,
+)
+from ray.train.torch import TorchTrainer
+
+from pipelines.artifact import Artifact
+from pipelines.config import StreamConfig
+from pipelines.monitor import Reporter
+from pipelines.pool import ModelSource
+from pipelines.stage import StageOutcome
+from pipelines.worker import TrainSpec, train_worker
+from pipelines.workspace import CHECKPOINTS, Workspace
+from seekr.errors import SeekrError
+
+HISTORY = "history.json"
+_KEPT_CHECKPOINTS = 2
+
+
+def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
+    """Run the stage; writes model/ and history.json."""
+    execution = config.train
+    spec = TrainSpec(
+        store=workspace.store,
+        key=workspace.key,
+        settings=dict(workspace.config),
+        execution=execution,
+        method=config.method,
+        model=ModelSource.of(workspace, config, "model"),
+        data=_by_task(workspace, "data"),
+        replay=_by_task(workspace, "replay"),
+        targets=_by_task(workspace, "targets"),
+        report=report.named("rank-0"),
+    )
+    resources: dict[str, float] = {"CPU": execution.cpus_per_worker}
+    if execution.gpus_per_worker:
+        resources["GPU"] = execution.gpus_per_worker
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"spec": spec},
+        scaling_config=ScalingConfig(
+            num_workers=execution.workers,
+            use_gpu=execution.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name="run",
+            storage_path=workspace.full_path(CHECKPOINTS),
+            storage_filesystem=workspace.store.filesystem,
+            failure_config=FailureConfig(
+                max_failures=execution.max_failures, controller_failure_limit=3
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=_KEPT_CHECKPOINTS),
+        ),
+    )
+    return _outcome(workspace, _fit(trainer, task))
+
+
+def _fit(trainer: TorchTrainer, task: str) -> dict[str, Any]:
+    try:
+        found = trainer.fit().return_value
+    except WorkerGroupError as error:
+        causes = {f"{type(e).__name__}: {e}" for e in error.worker_failures.values()}
+        raise SeekrError(
+            f"training of {task} failed on {len(error.worker_failures)} workers, after all of "
+            f"train.max_failures: {'; '.join(sorted(causes))}"
+        ) from error
+    if "diverged" in found:
+        where = found["diverged"]
+        raise SeekrError(
+            f"training of {task} diverged at step {where['step']}: loss {where['loss']}, gradient "
+            f"norm {where['grad_norm']}; both must be finite. The step's rows are "
+            f"{', '.join(where['row_ids'][:8])} ... Lower train.learning_rate or the method's "
+            "weights, or look at these rows"
+        )
+    return found
+
+
+def _outcome(workspace: Workspace, found: dict[str, Any]) -> StageOutcome:
+    steps: list[dict[str, Any]] = found["history"]
+    workspace.write_json(HISTORY, {"steps": steps})
+    workspace.store.remove(workspace.path(CHECKPOINTS))
+    seconds = sum(step["seconds"] for step in steps)
+    tokens = sum(step["tokens"] for step in steps)
+    stats = {
+        "steps": len(steps),
+        "tokens": tokens,
+        "step_seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "final_loss": steps[-1]["loss"],
+    }
+    seeds = {"train": workspace.config["seed"]}
+    return StageOutcome(
+        rows=tokens, stats=stats, seeds=seeds, outputs=tuple(found["outputs"])
+    )
+
+
+def _by_task(workspace: Workspace, kind: str) -> dict[str, Artifact]:
+    prefix = f"{kind}."
+    return {
+        name.removeprefix(prefix): artifact
+        for name, artifact in workspace.inputs.items()
+        if name.startswith(prefix)
+    }

@@ -1,0 +1,96 @@
+"""What a continual-learning method is here: its settings, what it needs, and its losses.
+
+A method is a frozen pydantic model. It is given micro-batches of rows that already carry their
+targets and returns loss terms as sums; the training loop owns everything else (batches, weights'
+update, devices, files, normalisation over the global batch). So a method survives FSDP2,
+accumulation and a restart without knowing of them, and fits on one screen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from seekr.losses import answer_nll
+from seekr.prompts import Batch
+from seekr.batch_targets import BatchTargets
+
+# What a term's total is divided by: a count over the whole optimizer step, on all workers.
+Unit = Literal["task_tokens", "replay_tokens", "replay_rows"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What the graph must provide before a method can train on a task.
+
+    replay: rows of earlier tasks. logits: the teacher's answer logits on them. heads: the scored
+    and selected attention heads, and the teacher's rows of them. all_tasks: no stream at all, but
+    one training on every task's rows at once.
+    """
+
+    replay: bool = False
+    logits: bool = False
+    heads: bool = False
+    all_tasks: bool = False
+
+    @property
+    def teacher(self) -> bool:
+        return self.logits or self.heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """One micro-batch after the forward pass: what losses are made from.
+
+    `targets` is set on replay rows when the method needs a teacher; `log_rows[layer]` is the
+    student's log attention [B, S, Q, T] on the heads and query rows that the targets name.
+    """
+
+    logits_BTV: torch.Tensor
+    batch: Batch
+    targets: BatchTargets | None = None
+    log_rows: dict[int, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One part of the loss: `weight * total / (count of `per` in the optimizer step)`."""
+
+    weight: float
+    total: torch.Tensor
+    per: Unit
+
+
+Terms = dict[str, Term]
+
+
+class Method(BaseModel):
+    """Root of the methods: plain fine-tuning on a task's rows. `name` selects it in the YAML."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    needs: ClassVar[Needs] = Needs()
+    # Fields that do not enter the loss: they bear on the stages that prepare its targets.
+    preparation_fields: ClassVar[frozenset[str]] = frozenset()
+
+    name: str
+
+    def task_terms(self, outputs: Outputs) -> Terms:
+        """Losses on rows of the task being learnt: next-token NLL on the answers."""
+        nll_B, _ = answer_nll(outputs.logits_BTV, outputs.batch.labels_BT)
+        return {"task": Term(weight=1.0, total=nll_B.sum(), per="task_tokens")}
+
+    def replay_terms(self, outputs: Outputs) -> Terms:
+        """Losses on replayed rows; only called for methods that need replay."""
+        raise NotImplementedError(f"method {self.name} asks for replay and defines no replay loss")
+
+    def loss_settings(self) -> dict[str, Any]:
+        """The fields that change what a training step with replay computes."""
+        return self.model_dump(mode="json", exclude=set(self.preparation_fields))
+
+    def first_task_settings(self) -> dict[str, Any]:
+        """The same for a task with nothing to replay: plain fine-tuning, shared by all methods."""
+        return {"name": "plain"}
