@@ -63,16 +63,19 @@ class Settings:
     seed: int = 0
     train_rows: int | None = None
     test_rows: int | None = None
-    epochs: int = 3
-    batch_size: int = 32
+    epochs: int = 4
+    batch_size: int = 16
     learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear"] = "linear"
     warmup_steps: int = 10
     weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
     max_grad_norm: float = 1.0
     replay_ratio: float = 0.01
     batch_ratio: float = 0.5
     replay_weight: float = 0.5
-    attention_weight: float = 100.0
+    attention_weight: float = 10.0
     layer_budget: int = 3
     head_budget: int = 16
     query_budget: int | None = None
@@ -187,7 +190,10 @@ def _train(
         seed=settings.seed,
     )
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
     )
     pad_id = pad_id_of(tokenizer)
     model.train()
@@ -200,12 +206,20 @@ def _train(
             batch = collate([replay[index] for index in chosen.replay], pad_id)
             _replay_loss(method, settings, model, batch, targets).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warm
+            group["lr"] = _learning_rate(settings, step, plan.num_steps)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+
+
+def _learning_rate(settings: Settings, step: int, num_steps: int) -> float:
+    """Return the rate of a step: linear warm-up, then constant or linear to 0."""
+    warmup = settings.warmup_steps
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    left = 1.0 - (step - warmup) / max(1, num_steps - warmup)
+    return settings.learning_rate * (left if settings.schedule == "linear" else 1.0)
 
 
 def _replay_loss(

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipelines.config import PoolConfig, StreamConfig
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, map_on_pool, prepare_device, rows_in_blocks
-from pipelines.rowsets import TEST, load_table, rows_of
+from pipelines.rowsets import TEST, kind_folder, load_rows_table, rows_of
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
 from seekr.metrics import METRICS
@@ -47,7 +47,8 @@ def evaluate(
     if task.endswith("--before"):
         models.append("model.base")
     table = pa.concat_tables(
-        _with_task(load_table(workspace.inputs[f"data.{name}"], TEST), name) for name in tasks
+        _with_task(load_rows_table(workspace.inputs[f"data.{name}"], kind_folder(TEST)), name)
+        for name in tasks
     )
     report.post(force=True, rows_done=0, rows=table.num_rows * len(models))
     predictions: list[pa.Table] = []

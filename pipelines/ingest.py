@@ -1,84 +1,89 @@
 """Ingest: source files become tokenised rows in Parquet, and a quarantine of the rows that could not.
 
-Ray tasks read a file each, encode its rows and hand on good and bad alike; a sort by row id then drops
-repeated content, so the result does not depend on how the files were cut.
+One Ray task per file reads, encodes and hands on good and bad rows alike, and one pass writes all of
+them, in a folder per kind. Only sources that repeat themselves are shuffled, to drop the repetitions.
+What is written does not depend on how files were cut, but for its order, which carries no meaning.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray.data
-from ray.data import Dataset
+from ray.data import Dataset, SaveMode
 
 from pipelines.config import StreamConfig
+from pipelines.inspection import inspect
 from pipelines.monitor import Reporter
 from pipelines.readers import read_rows as read_source_rows
 from pipelines.rows import BadRow, Columns, SourceRow
-from pipelines.rowsets import ROW_SCHEMA, TEST, TRAIN, write_rows
+from pipelines.rowsets import BAD, ROWS, TEST, TRAIN, smallest
 from pipelines.sources import SourceFile, list_files
 from pipelines.stage import StageOutcome
+from pipelines.transfer import cache_folder
 from pipelines.workspace import Workspace
 from seekr.errors import DataError
 from seekr.models import load_tokenizer
 from seekr.prompts import Example, Template, encode
-from seekr.sampling import priority
 
 QUARANTINE = "quarantine.json"
 # A limit on rows draws them with this seed, apart from the replay draw.
 _LIMIT_SEED = 0
+_REASON = ("file", "line", "reason", "text")
 
 
 def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
-    """Run the stage; writes train/, test/ and quarantine.json."""
+    """Run the stage; writes rows/kind={train,test}/ and quarantine.json."""
     named = next(item for item in config.tasks if item.name == task)
-    settings = workspace.config
-    stats: dict[str, int] = {}
-    quarantine: list[dict[str, Any]] = []
-    for part, source in ((TRAIN, named.train), (TEST, named.test)):
-        encoder = _Encoder(
-            model=str(config.model.path),
-            trust_remote_code=config.model.trust_remote_code,
-            settings=dict(settings),
-        )
-        files = [{"file": file} for file in list_files(source)]
-        read = ray.data.from_items(files).flat_map(encoder).materialize()
-        bad = read.filter(expr="bad_reason != ''").take_all()
-        quarantine += [
-            {"part": part, **{key[4:]: row[key] for key in row if key.startswith("bad_")}}
-            for row in bad
-        ]
-        rows = _distinct(read.filter(expr="bad_reason == ''"))
-        rows = _limited(rows, settings[f"{part}_rows"])
-        rows = rows.materialize()
-        stats[f"{part}_rows"] = rows.count()
-        if stats[f"{part}_rows"] == 0:
-            raise DataError(
-                f"task {task}: no {part} row of {source} can be encoded; the first reason is "
-                f"{quarantine[0]['reason'] if quarantine else 'unknown'!r}: correct the rows"
-            )
-        write_rows(rows, workspace, part)
-        report.post(force=True, rows_done=sum(stats.values()))
-    stats["quarantined"] = len(quarantine)
+    settings = dict(workspace.config)
+    sources = {TRAIN: named.train, TEST: named.test}
+    items = [{"kind": kind, "file": f} for kind, s in sources.items() for f in list_files(s)]
+    encoder = _Encoder(str(config.model.path), config.model.trust_remote_code, settings)
+    rows = ray.data.from_items(items).flat_map(encoder)
+    if any(_repeats(source, settings) for source in sources.values()):
+        rows = _distinct(rows)
+    limits = {kind: settings[f"{kind}_rows"] for kind in sources if settings[f"{kind}_rows"]}
+    if limits:
+        rows = _limited(rows.materialize(), limits)
+    rows.write_parquet(
+        workspace.full_path(ROWS),
+        filesystem=workspace.store.filesystem,
+        mode=SaveMode.OVERWRITE,
+        partition_cols=["kind"],
+    )
+    quarantine = _quarantined(workspace)
     workspace.write_json(QUARANTINE, quarantine)
+    stats = {f"{kind}_rows": _count(workspace, kind) for kind in sources}
+    for kind, source in sources.items():
+        if stats[f"{kind}_rows"] == 0:
+            reason = quarantine[0]["reason"] if quarantine else "none was read"
+            raise DataError(
+                f"task {task}: no {kind} row of {source} can be encoded, the first reason is: "
+                f"{reason}; at least one is needed: correct the rows"
+            )
+    report.post(force=True, rows_done=sum(stats.values()))
+    stats["quarantined"] = len(quarantine)
     return StageOutcome(rows=stats["train_rows"] + stats["test_rows"], stats=stats)
 
 
 class _Encoder:
     """Reads one file and yields encoded rows, or the reason why one cannot be."""
 
-    def __init__(self, *, model: str, trust_remote_code: bool, settings: dict[str, Any]) -> None:
+    def __init__(self, model: str, trust_remote_code: bool, settings: dict[str, Any]) -> None:
         self._model, self._trust_remote_code, self._settings = model, trust_remote_code, settings
 
-    def __call__(self, item: dict[str, SourceFile]) -> Iterator[dict[str, Any]]:
-        columns = Columns(**self._settings["columns"])
-        for row in read_source_rows(item["file"], columns):
-            yield self._bad(row) if isinstance(row, BadRow) else self._encoded(row)
+    def __call__(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        file: SourceFile = item["file"]
+        for row in read_source_rows(file, Columns(**self._settings["columns"])):
+            record = _bad(row) if isinstance(row, BadRow) else self._encoded(row)
+            yield {"kind": item["kind"]} | record
 
     def _encoded(self, row: SourceRow) -> dict[str, Any]:
         settings = self._settings
@@ -93,17 +98,14 @@ class _Encoder:
                 truncate=settings["truncate"],
             )
         except DataError as error:
-            return self._bad(
-                BadRow(file=row.file, line=row.line, reason=str(error), text=row.input[:200])
-            )
-        return encoded.to_record() | {f"bad_{name}": "" for name in ("file", "reason", "text")} | {
-            "bad_line": 0
-        }
+            text = row.input[:200]
+            return _bad(BadRow(file=row.file, line=row.line, reason=str(error), text=text))
+        return encoded.to_record() | {name: None for name in _REASON}
 
-    def _bad(self, row: BadRow) -> dict[str, Any]:
-        empty = {"row_id": "", "input": "", "references": [""], "input_ids": [0]}
-        reason = {f"bad_{name}": value for name, value in asdict(row).items()}
-        return empty | {"prompt_length": 0} | reason
+
+def _bad(row: BadRow) -> dict[str, Any]:
+    empty = {"row_id": "", "input": "", "references": [""], "input_ids": [0], "prompt_length": 0}
+    return empty | asdict(row) | {"kind": BAD}
 
 
 @functools.lru_cache(maxsize=2)
@@ -111,29 +113,60 @@ def _tokenizer(model: str, trust_remote_code: bool) -> Any:
     return load_tokenizer(model, trust_remote_code=trust_remote_code)
 
 
+def _repeats(source: str, settings: dict[str, Any]) -> bool:
+    """Tell from the source's report, which the run's start has cached, whether rows occur twice."""
+    columns = Columns(**settings["columns"])
+    return inspect(source, columns, cache_dir=cache_folder() / "sources").num_duplicates > 0
+
+
 def _distinct(rows: Dataset) -> Dataset:
-    """Sort by row id and keep one row per id; equal ids meet in one block after the sort."""
+    """Keep one row per kind and id; equal ones meet in one block after the sort."""
 
     def first_of_each(table: pa.Table) -> pa.Table:
-        ids = table["row_id"].combine_chunks()
-        if len(ids) > 1:
-            fresh = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1))
-            table = table.filter(pa.concat_arrays([pa.array([True]), fresh.combine_chunks()]
-                                 if isinstance(fresh, pa.ChunkedArray)
-                                 else [pa.array([True]), fresh]))
-        return table.select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+        pairs = zip(table["kind"].to_pylist(), table["row_id"].to_pylist(), strict=True)
+        before = itertools.chain([None], pairs)
+        pairs = zip(table["kind"].to_pylist(), table["row_id"].to_pylist(), strict=True)
+        fresh = [pair != last or pair[1] == "" for pair, last in zip(pairs, before, strict=False)]
+        return table.filter(pa.array(fresh, pa.bool_()))
 
-    return rows.sort("row_id").map_batches(first_of_each, batch_size=None, batch_format="pyarrow")
+    return rows.sort(["kind", "row_id"]).map_batches(
+        first_of_each, batch_size=None, batch_format="pyarrow"
+    )
 
 
-def _limited(rows: Dataset, limit: int | None) -> Dataset:
-    """Keep the `limit` rows with the smallest hash."""
-    if limit is None:
-        return rows
-    ids = [row["row_id"] for row in rows.select_columns(["row_id"]).take_all()]
-    kept = pa.array(sorted(ids, key=lambda row_id: priority(_LIMIT_SEED, row_id))[:limit])
-    return rows.map_batches(
-        lambda table: table.filter(pc.is_in(table["row_id"], value_set=kept)),
-        batch_format="pyarrow",
-        batch_size=None,
+def _limited(rows: Dataset, limits: dict[str, int]) -> Dataset:
+    """Keep the rows with the smallest hash of each kind that has a limit."""
+    kept = {kind: smallest(rows, kind, size, _LIMIT_SEED) for kind, size in limits.items()}
+
+    def wanted(table: pa.Table) -> pa.Table:
+        keep = pa.array([True] * table.num_rows, pa.bool_())
+        for kind, ids in kept.items():
+            other = pc.not_equal(table["kind"], kind)
+            keep = pc.and_(keep, pc.or_(other, pc.is_in(table["row_id"], value_set=ids)))
+        return table.filter(keep)
+
+    return rows.map_batches(wanted, batch_format="pyarrow", batch_size=None)
+
+
+def _quarantined(workspace: Workspace) -> list[dict[str, Any]]:
+    """Move the bad rows from Parquet to one readable file."""
+    folder = f"{ROWS}/kind={BAD}"
+    if not workspace.store.list(workspace.path(folder)):
+        return []
+    table = pq.read_table(
+        workspace.full_path(folder),
+        filesystem=workspace.store.filesystem,
+        columns=list(_REASON),
+        partitioning=None,
+    )
+    workspace.store.remove(workspace.path(folder))
+    return table.sort_by([("file", "ascending"), ("line", "ascending")]).to_pylist()
+
+
+def _count(workspace: Workspace, kind: str) -> int:
+    """Count rows by the footers of the written files."""
+    filesystem = workspace.store.filesystem
+    return sum(
+        pq.read_metadata(workspace.store.full_path(file.path), filesystem=filesystem).num_rows
+        for file in workspace.store.list(workspace.path(f"{ROWS}/kind={kind}"))
     )

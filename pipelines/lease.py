@@ -18,6 +18,8 @@ committed.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
 import threading
 import time
@@ -49,8 +51,8 @@ class Lease:
         folder: what only one run may work on, relative to the store's root.
         ttl: seconds without a heartbeat after which a run counts as dead. Must be much longer than
             a request to the store takes, and than the resolution of its time stamps.
-        settle: seconds to wait before the flag is raised. Default: more than the time stamps'
-            resolution.
+        settle: seconds to wait before the flag is raised, so that claims written at the same time
+            are seen and need not collide.
         on_wait: called with the owner that is waited for, each time this becomes another one.
     """
 
@@ -93,11 +95,9 @@ class Lease:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        try:
+        # The work is done or failed by now; a claim that cannot be removed dies by its beat.
+        with contextlib.suppress(StoreError):
             self._withdraw()
-        except StoreError:
-            if error is None:  # what already went wrong matters more; the claim dies by its beat
-                raise
 
     @property
     def lost(self) -> bool:
@@ -143,7 +143,7 @@ class Lease:
 
     def _raise_flag(self) -> bool:
         """Puts the flag up; takes it down again if somebody else's is up, too."""
-        self._store.write_bytes(self._path("held"), b"")
+        self._write("held")
         claims = self._look(rejoin=True)
         if claims.own is not None and not any(claim.held for claim in claims.others):
             self._clean(claims)
@@ -162,12 +162,12 @@ class Lease:
         self._touch()
         claims = read_claims(self._store, self._folder, self._known, self._id, self._ttl)
         if claims.own is None and rejoin:
-            self._store.write_json(self._path("claim"), asdict(self.owner))
+            self._write("claim", json.dumps(asdict(self.owner)).encode())
             claims = read_claims(self._store, self._folder, self._known, self._id, self._ttl)
         return claims
 
     def _touch(self) -> None:
-        self._store.write_bytes(self._path("beat"), b"")
+        self._write("beat")
         self._last_beat = time.monotonic()
 
     def _beat(self) -> None:
@@ -177,6 +177,10 @@ class Lease:
                 self._taken = self._taken or self._store.stat(self._path("claim")) is None
             except StoreError:
                 continue  # the next one may get through; `lost` tells when none did for too long
+
+    def _write(self, kind: str, content: bytes = b"") -> None:
+        # A power cut ends the owner as well, so nothing here has to outlive one.
+        self._store.write_bytes(self._path(kind), content, durable=False)
 
     def _path(self, kind: str) -> str:
         return f"{self._folder}/{kind}-{self._id}"

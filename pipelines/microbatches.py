@@ -15,7 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.artifact import Artifact
-from pipelines.rowsets import REPLAY, TRAIN, load_table, rows_of
+from pipelines.rowsets import (
+    REPLAY,
+    TRAIN,
+    kind_folder,
+    load_rows_table,
+    load_table,
+    rows_of,
+)
 from pipelines.teach import TARGETS
 from seekr.batch_targets import BatchTargets, collate_targets
 from seekr.batches import StepRows, num_micro_batches, share
@@ -65,7 +72,7 @@ class TrainingRows:
         Raises:
             StoreError: a replay row has no target although its task has targets.
         """
-        task, task_ids = _load(data, TRAIN)
+        task, task_ids = _load(data, kind_folder(TRAIN))
         replayed, replay_ids = _load(replay, REPLAY)
         return cls(
             task=task,
@@ -121,7 +128,7 @@ def _load(artifacts: Mapping[str, Artifact], folder: str) -> tuple[list[Tokenize
     rows: list[TokenizedRow] = []
     ids: list[str] = []
     for task, artifact in sorted(artifacts.items()):
-        own = rows_of(load_table(artifact, folder))
+        own = rows_of(load_rows_table(artifact, folder))
         rows += own
         ids += [f"{task}/{row.row_id}" for row in own]
     return rows, ids

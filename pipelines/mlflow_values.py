@@ -20,8 +20,7 @@ from urllib.parse import urlsplit
 
 from pipelines.artifact import Artifact, StageRecord
 from pipelines.provenance import redact
-from pipelines.results import ALL_TASKS, StreamView
-from seekr.metrics import BASE, AccuracyMatrix
+from pipelines.results import StreamView
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
@@ -129,23 +128,24 @@ def flatten_numbers(stats: Mapping[str, Any], prefix: str = "") -> dict[str, flo
     return found
 
 
-def stream_points(view: StreamView, matrix: AccuracyMatrix) -> Iterator[Point]:
-    """R, OP and BWT; the step is the number of tasks learnt, 0 for the base model."""
-    ended = _ends_of_rows(view)
-    for i in range(-1, len(view.tasks)):
-        if i not in ended:
+def stream_points(view: StreamView) -> Iterator[Point]:
+    """R, OP and BWT; the step is the number of tasks learnt, 0 for the base model.
+
+    A point is dated by the evaluation that measured it, so it stays the same as the stream grows.
+    """
+    matrix, rows = view.matrix(), {task: i for i, task in enumerate(view.tasks)}
+    for (after, task), (score, result) in view.measured().items():
+        ended = milliseconds(result.record.finished_at)
+        i = rows.get(after, -1)
+        yield Point(key(f"acc/{task}"), score, ended, i + 1)
+        if after != task:
             continue
-        figures = {
-            f"acc/{task}": matrix.score(i, j) for j, task in enumerate(view.tasks)
-        }  # what was measured of this row
-        if i >= 0:
-            figures["OP"] = matrix.op(i)
-        if i >= 1:
-            figures["BWT_T-1"] = matrix.bwt(i, "paper")
-            figures["BWT_T"] = matrix.bwt(i, "trace")
+        figures = {"OP": matrix.op(i)}
+        if i > 0:
+            figures |= {"BWT_T-1": matrix.bwt(i, "paper"), "BWT_T": matrix.bwt(i, "trace")}
         for name, value in figures.items():
             if value is not None:
-                yield Point(key(name), value, ended[i], i + 1)
+                yield Point(name, value, ended, i + 1)
 
 
 def datasets(artifact: Artifact) -> list[DatasetInput]:
@@ -207,19 +207,6 @@ def _history(steps: Sequence[Mapping[str, Any]], record: StageRecord) -> Iterato
         for name, value in step.items():
             if name != "step" and _is_number(value):
                 yield Point(key(f"train/{name}"), float(value), moment, int(step.get("step", n)))
-
-
-def _ends_of_rows(view: StreamView) -> dict[int, int]:
-    """When the evaluation that fills a row of R had ended, by the row's index (-1 is the base)."""
-    ends: dict[int, int] = {}
-    index = {task: i for i, task in enumerate(view.tasks)} | {ALL_TASKS: len(view.tasks) - 1}
-    for result in view.of("evaluate"):
-        ended = milliseconds(result.record.finished_at)
-        for cell in (result.read_json("scores.json") or {}).get("cells", ()):
-            i = -1 if cell["model_after"] == BASE else index.get(cell["model_after"])
-            if i is not None:
-                ends[i] = max(ended, ends.get(i, 0))
-    return ends
 
 
 def _is_number(value: Any) -> bool:

@@ -72,7 +72,7 @@ class MlflowWriter:
         tags = {"method": view.method, "model": view.model, "tasks": ", ".join(view.tasks)}
         for name, value in tags.items():
             self._client.set_tag(self._parent, f"seekr.{name}", cut(value))
-        wanted = list(values.stream_points(view, view.matrix()))
+        wanted = list(values.stream_points(view))
         known = {
             (metric.key, metric.step, metric.value)
             for name in dict.fromkeys(point.key for point in wanted)

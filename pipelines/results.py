@@ -124,19 +124,23 @@ class StreamView:
         """The results of one kind of stage, in graph order."""
         return (result for result in self.stages if result.stage == stage)
 
-    def matrix(self) -> AccuracyMatrix:
-        """R[i][j] from every evaluate stage; cells of tasks the stream no longer names are left
-        out.
+    def measured(self) -> dict[tuple[str, str], tuple[float, StageResult]]:
+        """Cells of R with the stage that measured them; tasks the stream lacks are left out.
 
-        A model trained on all tasks at once fills the last row. When a cell was measured by several
-        metrics the first one listed is the task's own and counts.
+        A model trained on all tasks at once counts as the one after the last task. When a cell was
+        measured by several metrics, the first one listed is the task's own.
         """
-        found: dict[tuple[str, str], float] = {}
-        for cell in self._cells():
+        found: dict[tuple[str, str], tuple[float, StageResult]] = {}
+        for result, cell in self._cells():
             after = self.tasks[-1] if cell["model_after"] == ALL_TASKS else cell["model_after"]
             if (after == BASE or after in self.tasks) and cell["task"] in self.tasks:
-                found.setdefault((after, cell["task"]), float(cell["score"]))
-        return AccuracyMatrix(tasks=self.tasks, cells=found)
+                found.setdefault((after, cell["task"]), (float(cell["score"]), result))
+        return found
+
+    def matrix(self) -> AccuracyMatrix:
+        """R[i][j] from every evaluate stage."""
+        cells = {where: score for where, (score, _) in self.measured().items()}
+        return AccuracyMatrix(tasks=self.tasks, cells=cells)
 
     def learnt(self, matrix: AccuracyMatrix) -> int | None:
         """Index (from 0) of the last task that was evaluated by its own model, or None."""
@@ -146,7 +150,7 @@ class StreamView:
     def metrics_of_tasks(self) -> dict[str, str]:
         """The name of the metric each task is scored by."""
         named: dict[str, str] = {}
-        for cell in self._cells():
+        for _, cell in self._cells():
             named.setdefault(cell["task"], cell["metric"])
         return named
 
@@ -209,9 +213,10 @@ class StreamView:
         """Wall seconds of all stages, wherever and whenever they ran, or of this run's alone."""
         return sum(r.record.seconds for r in self.stages if r.state == "ran" or not ran_only)
 
-    def _cells(self) -> Iterator[Mapping[str, Any]]:
+    def _cells(self) -> Iterator[tuple[StageResult, Mapping[str, Any]]]:
         for result in self.of("evaluate"):
-            yield from (result.read_json("scores.json") or {}).get("cells", ())
+            for cell in (result.read_json("scores.json") or {}).get("cells", ()):
+                yield result, cell
 
 
 def _floats(rows: Sequence[Sequence[float | None]]) -> list[list[float]]:

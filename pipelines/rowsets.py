@@ -6,9 +6,11 @@ pyarrow alone. Either way the schema is this one, and order never carries meanin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from ray.data import Dataset, SaveMode
@@ -16,6 +18,7 @@ from ray.data import Dataset, SaveMode
 from pipelines.artifact import Artifact
 from pipelines.workspace import Workspace
 from seekr.prompts import TokenizedRow
+from seekr.sampling import draw, priority
 
 ROW_SCHEMA = pa.schema(
     [
@@ -26,15 +29,36 @@ ROW_SCHEMA = pa.schema(
         ("prompt_length", pa.int32()),
     ]
 )
+# Folder of ingested rows, with a folder per kind below it.
+ROWS = "rows"
+TRAIN, TEST, BAD = "train", "test", "bad"
 REPLAY = "replay"
-TRAIN, TEST = "train", "test"
+
+
+def kind_folder(kind: str) -> str:
+    """Return the folder of an ingest stage's train or test rows."""
+    return f"{ROWS}/kind={kind}"
 
 
 def read_rows(artifact: Artifact, folder: str, columns: list[str] | None = None) -> Dataset:
-    """Return an artifact's Parquet folder as a dataset."""
-    return ray.data.read_parquet(
-        artifact.full_path(folder), filesystem=artifact.store.filesystem, columns=columns
-    )
+    """Return an artifact's Parquet folder as a dataset, a block or more per file.
+
+    Not `ray.data.read_parquet`: it looks at every file's metadata in fresh processes first, which
+    costs seconds per call. What these files hold is known.
+    """
+    store, chosen = artifact.store, columns or ROW_SCHEMA.names
+    prefix = artifact.path(folder) + "/"
+    files = [file.path for file in store.list(artifact.path(folder)) if file.path.startswith(prefix)]
+
+    def read(items: pa.Table) -> Iterator[pa.Table]:
+        for path in items["path"].to_pylist():
+            with store.filesystem.open_input_file(store.full_path(path)) as source:
+                file = pq.ParquetFile(source)
+                for index in range(file.num_row_groups):
+                    yield file.read_row_group(index, columns=chosen)
+
+    items = ray.data.from_items([{"path": path} for path in files])
+    return items.map_batches(read, batch_size=1, batch_format="pyarrow")
 
 
 def write_rows(rows: Dataset, workspace: Workspace, folder: str) -> None:
@@ -46,12 +70,39 @@ def write_rows(rows: Dataset, workspace: Workspace, folder: str) -> None:
     )
 
 
+def smallest(rows: Dataset, kind: str | None, size: int, seed: int) -> pa.Array:
+    """Return the ids of the `size` rows with the smallest hash of (seed, row id).
+
+    Each block hands in its own smallest, so nothing is shuffled and the answer is exact.
+
+    Args:
+        kind: Look only at rows of this kind; None where there is no such column.
+    """
+
+    def of_block(table: pa.Table) -> pa.Table:
+        if kind is not None:
+            table = table.filter(pc.equal(table["kind"], kind))
+        ids = sorted(set(table["row_id"].to_pylist()), key=lambda i: (priority(seed, i), i))
+        return pa.table({"row_id": pa.array(ids[:size], pa.string())})
+
+    found = rows.map_batches(of_block, batch_format="pyarrow", batch_size=None).take_all()
+    return pa.array(draw([row["row_id"] for row in found], size, seed), pa.string())
+
+
 def load_table(artifact: Artifact, folder: str, columns: list[str] | None = None) -> pa.Table:
     """Read an artifact's Parquet folder into memory, sorted by row id."""
     table = pq.read_table(
-        artifact.full_path(folder), filesystem=artifact.store.filesystem, columns=columns
+        artifact.full_path(folder),
+        filesystem=artifact.store.filesystem,
+        columns=columns,
+        partitioning=None,
     )
     return table.sort_by("row_id")
+
+
+def load_rows_table(artifact: Artifact, folder: str) -> pa.Table:
+    """Read tokenised rows into memory, sorted by row id, with exactly the row schema."""
+    return load_table(artifact, folder, ROW_SCHEMA.names).cast(ROW_SCHEMA)
 
 
 def rows_of(table: pa.Table) -> list[TokenizedRow]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipelines.config import PoolConfig, StreamConfig
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, map_on_pool, prepare_device, rows_in_blocks
-from pipelines.rowsets import REPLAY, load_table, rows_of, write_rows
+from pipelines.rowsets import REPLAY, load_rows_table, rows_of, write_rows
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
 from seekr.importance import HeadStatistics, score_batch
@@ -31,7 +31,7 @@ SCORE_SCHEMA = pa.schema(
 
 def score(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
     """Run the stage; writes scores/."""
-    table = load_table(workspace.inputs["replay"], REPLAY)
+    table = load_rows_table(workspace.inputs["replay"], REPLAY)
     report.post(force=True, rows_done=0, rows=table.num_rows)
     arguments = {
         "before": ModelSource.of(workspace, config, "before"),

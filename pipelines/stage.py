@@ -13,6 +13,7 @@ hours.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -174,7 +175,7 @@ def run_stage(
         StoreError: an input is missing or was changed, or the store cannot be used.
         LeaseLost: another run took over; nothing was committed.
     """
-    tell = on_event or _ignore
+    tell = _ignore if on_event is None else on_event
     if record := _reuse(store, stage, tell):
         return record
 
@@ -190,7 +191,7 @@ def run_stage(
         kind = "resumed" if workspace.resumed else "started"
         tell(StageEvent(kind=kind, stage=stage, attempt=workspace.attempt))
         try:
-            record = _compute(stage, compute, workspace, provenance or Provenance.capture())
+            record = _compute(stage, compute, workspace, provenance or _circumstances())
             lease.check()
         except LeaseLost:
             raise
@@ -204,6 +205,11 @@ def run_stage(
             store.remove(workspace.path(name))
     tell(StageEvent(kind="finished", stage=stage, record=record))
     return record
+
+
+@functools.cache
+def _circumstances() -> Provenance:
+    return Provenance.capture()  # once: a run is the commit it was started from
 
 
 def _ignore(event: StageEvent) -> None:

@@ -141,13 +141,18 @@ class Store:
                 f"{self.uri_for(path)}: {len(data)} bytes that are not JSON: {error}."
             ) from None
 
-    def write_bytes(self, path: str, data: bytes) -> None:
+    def write_bytes(self, path: str, data: bytes, *, durable: bool = True) -> None:
         """Writes one file so that a reader sees all of it or none; a crash leaves the old one.
+
+        Args:
+            path: where to.
+            data: the content.
+            durable: on a disk, survive a power cut, too; what dies with its process need not.
 
         Raises:
             StoreError: it cannot be written.
         """
-        with self._sink(path) as stream:
+        with self._sink(path, durable) as stream:
             stream.write(data)
 
     def write_json(self, path: str, value: Any) -> None:
@@ -245,7 +250,7 @@ class Store:
             yield stream
 
     @contextlib.contextmanager
-    def _sink(self, path: str) -> Iterator[Any]:
+    def _sink(self, path: str, durable: bool = True) -> Iterator[Any]:
         """A stream whose bytes become the file at `path` when the block ends without an error."""
         full = self.full_path(path)
         with self._io("writing", path):
@@ -259,13 +264,14 @@ class Store:
             try:
                 with open(temporary, "wb") as stream:
                     yield stream
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                if durable:
+                    flush_to_disk(temporary)
                 os.replace(temporary, full)
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
-            flush_to_disk(folder)
+            if durable:
+                flush_to_disk(folder)
 
     def _select(self, path: str, *, recursive: bool) -> Sequence[fs.FileInfo]:
         selector = fs.FileSelector(self.full_path(path), recursive=recursive, allow_not_found=True)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pipelines.config import PoolConfig, StreamConfig
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, map_on_pool, prepare_device, rows_in_blocks
-from pipelines.rowsets import REPLAY, load_table, rows_of, write_rows
+from pipelines.rowsets import REPLAY, load_rows_table, rows_of, write_rows
 from pipelines.select import read_selection
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
@@ -27,7 +27,7 @@ TARGET_SCHEMA = pa.schema([("row_id", pa.string()), ("target", pa.large_binary()
 
 def teach(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
     """Run the stage; writes targets/."""
-    table = load_table(workspace.inputs["replay"], REPLAY)
+    table = load_rows_table(workspace.inputs["replay"], REPLAY)
     report.post(force=True, rows_done=0, rows=table.num_rows)
     heads = workspace.inputs.get("heads")
     arguments = {

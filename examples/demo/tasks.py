@@ -74,7 +74,7 @@ def main() -> None:
     """Parse the command line and write the tasks."""
     parser = argparse.ArgumentParser(description="Write the demo's string tasks.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write <task>/ into")
-    parser.add_argument("--train-rows", type=int, default=2000, help="train rows per task")
+    parser.add_argument("--train-rows", type=int, default=1000, help="train rows per task")
     parser.add_argument("--test-rows", type=int, default=100, help="test rows per task")
     parser.add_argument("--seed", type=int, default=0, help="seed of the strings")
     args = parser.parse_args()

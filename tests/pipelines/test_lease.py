@@ -105,14 +105,14 @@ LIST = str.maketrans("()", "[]")
 
 
 def test_processes_on_a_disk_exclude_each_other(store: Store, tmp_path: Path) -> None:
-    contend(store, tmp_path, processes=4, rounds=4, settle=0.05)
+    contend(store, tmp_path, processes=3, rounds=4, settle=0.05)
 
 
 def test_processes_on_a_disk_exclude_each_other_without_any_settling(
     store: Store, tmp_path: Path
 ) -> None:
     # Exclusion rests on the flags; waiting only spares them collisions.
-    contend(store, tmp_path, processes=4, rounds=4, settle=0.0)
+    contend(store, tmp_path, processes=3, rounds=4, settle=0.0)
 
 
 def test_processes_on_s3_exclude_each_other(server: S3Server, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_silent_foreign_holder_is_replaced_after_the_time_to_live(
     began = time.monotonic()
     with Lease(store, "train/t", ttl=3, settle=0.1):
         waited = time.monotonic() - began
-    assert 1.9 < waited < 6  # S3 dates by whole seconds
+    assert 1.9 < waited < 10  # S3 dates by whole seconds
     assert files(store) == []
 
 
@@ -192,14 +192,14 @@ def test_a_beating_foreign_holder_is_not_replaced(store: Store) -> None:
     def beat(owner: Owner) -> None:
         nonlocal beats
         assert owner.host == "elsewhere"
-        while time.monotonic() - began < 3:
+        while time.monotonic() - began < 2:
             store.write_bytes("train/t/.lease/beat-0123", b"")
             beats += 1
             time.sleep(0.1)
 
     with Lease(store, "train/t", ttl=1, on_wait=beat):
-        assert time.monotonic() - began > 3.9
-    assert beats > 20
+        assert time.monotonic() - began > 2.9
+    assert beats > 10
 
 
 @pytest.mark.parametrize(
