@@ -130,7 +130,9 @@ def _fill(folder: Path, pieces: Mapping[str, list[Piece]], name: str, target: Te
         ]
         if any(end <= start for start, end in zip(starts, ends, strict=True)):
             continue
-        source = tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, piece.offset, strict=True))
+        source = tuple(
+            slice(s - o, e - o) for s, e, o in zip(starts, ends, piece.offset, strict=True)
+        )
         place = tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, offset, strict=True))
         with safe_open(folder / piece.file, framework="pt") as file:
             block = file.get_slice(name)[source] if source else file.get_tensor(name)

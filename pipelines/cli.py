@@ -45,35 +45,48 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program t
 
 @app.command()
 def run(
-    stream: StreamPath,
+    stream: Annotated[
+        list[Path], typer.Argument(metavar="STREAM...", help="YAML files of streams.")
+    ],
     set_: Overrides = None,
     report: Annotated[
         Path | None, typer.Option(help="Write the HTML report here when done.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run what is missing of a stream, and show the accuracy matrix.
+    """Run what is missing of a stream, or of several side by side, and show what came out.
 
     Safe to repeat: after a crash, a preemption or a change of the YAML, run it again. Stages that are
     in the store are reused, a training continues from its last checkpoint. Two runs at once share the
-    work. Press Ctrl-C to stop; nothing finished is lost.
+    work. Press Ctrl-C to stop; nothing finished is lost. Several streams share what they have in
+    common and end with a comparison.
 
     Example: seekr run stream.yaml --set method.attention_weight=100
     """
     from pipelines import stream as streams
-    from pipelines.tables import matrix_table, summary
+    from pipelines.report import write_report
+    from pipelines.tables import comparison_table, matrix_table, summary
     from pipelines.watching import Watcher
 
-    opened = streams.open_stream(stream, set_ or (), writable=True)
-    console = err if as_json else out
-    with Watcher(console=console, num_stages=len(opened.stages)) as watcher:
-        view = streams.run_stream(opened, watcher, warn=_warn, report=report)
-    if as_json:
-        _print_json(summary(view) | {"stages": _statuses(streams.status_of(opened))})
-        return
-    out.print(matrix_table(view))
+    opened = [streams.open_stream(path, set_ or (), writable=True) for path in stream]
+    distinct = {stage.fingerprint for item in opened for stage in item.stages}
+    with Watcher(console=err if as_json else out, num_stages=len(distinct)) as watcher:
+        views = streams.run_streams(opened, watcher, warn=_warn)
+    where = opened[0].store.uri_for(opened[0].report_path)
     if report is not None:
-        out.print(f"report: {report}", soft_wrap=True)
+        where = str(write_report(views, report))
+    if as_json:
+        found = [
+            summary(view) | {"stages": _statuses(streams.status_of(item))}
+            for view, item in zip(views, opened, strict=True)
+        ]
+        _print_json(found[0] if len(found) == 1 else {"streams": found})
+        return
+    for view in views:
+        out.print(matrix_table(view))
+    if len(views) > 1:
+        out.print(comparison_table(views))
+    out.print(f"report: {where}", soft_wrap=True)
 
 
 @app.command()

@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow.dataset import field as column
 
 from pipelines.config import PoolConfig, StreamConfig
 from pipelines.monitor import Reporter
@@ -63,7 +63,9 @@ def evaluate(
         }
         rows = rows_in_blocks(table, config.evaluate)
         mapped = map_on_pool(rows, _Generator, arguments, config.evaluate)
-        found = pa.concat_tables(ray_tables(mapped)).sort_by([("task", "ascending"), ("row_id", "ascending")])
+        found = pa.concat_tables(ray_tables(mapped)).sort_by(
+            [("task", "ascending"), ("row_id", "ascending")]
+        )
         predictions.append(found)
         seconds = time.monotonic() - started
         cells += [_cell(found, name, other, tasks[other], seconds) for other in tasks]
@@ -86,7 +88,7 @@ def _with_task(table: pa.Table, task: str) -> pa.Table:
 def _cell(
     predictions: pa.Table, model: str, task: str, settings: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    own = predictions.filter(pc.equal(predictions["task"], task))
+    own = predictions.filter(column("task") == task)
     share = own.num_rows / predictions.num_rows
     return {
         "model_after": model.removeprefix("model."),
@@ -112,16 +114,14 @@ class _Generator:
     ) -> None:
         self._device = prepare_device(pool)
         self._model = model.load("sdpa").to(self._device)  # pyright: ignore
-        self._tokenizer = load_tokenizer(
-            model.folder(), trust_remote_code=model.trust_remote_code
-        )
+        self._tokenizer = load_tokenizer(model.folder(), trust_remote_code=model.trust_remote_code)
         self._model_after, self._tasks = model_after, tasks
         self._report = report.named(f"generator-{model_after}-{id(self)}")
 
     def __call__(self, table: pa.Table) -> pa.Table:
         # A batch may hold rows of two tasks; they have their own limits, so they go separately.
         names = list(dict.fromkeys(table["task"].to_pylist()))
-        parts = [self._generate(table.filter(pc.equal(table["task"], name)), name) for name in names]
+        parts = [self._generate(table.filter(column("task") == name), name) for name in names]
         return pa.concat_tables(parts)
 
     def _generate(self, table: pa.Table, task: str) -> pa.Table:

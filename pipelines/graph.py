@@ -208,16 +208,16 @@ class _Builder:
         sources: Mapping[str, str] | None = None,
     ) -> Stage:
         if sources is None:
-            starts_from_base = {"train": "model", "score": "before"}.get(name)
-            missing = starts_from_base is not None and starts_from_base not in inputs
-            sources = {starts_from_base: self._facts.model_digest} if missing else {}
+            base = {"train": "model", "score": "before"}.get(name)
+            from_base = base is not None and base not in inputs
+            sources = {base: self._facts.model_digest} if base and from_base else {}
         stage = Stage(
             name=name,
             version=VERSIONS[name],
             task=task,
             config=dict(settings),
             inputs=dict(inputs),
-            sources={str(key): digest for key, digest in sources.items()},
+            sources=dict(sources),
         )
         self.stages.append(stage)
         self._latest[name, task] = stage

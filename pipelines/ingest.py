@@ -14,9 +14,9 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
+from pyarrow.dataset import field as column
 from ray.data import Dataset, SaveMode
 
 from pipelines.config import StreamConfig
@@ -139,11 +139,9 @@ def _limited(rows: Dataset, limits: dict[str, int]) -> Dataset:
     kept = {kind: smallest(rows, kind, size, _LIMIT_SEED) for kind, size in limits.items()}
 
     def wanted(table: pa.Table) -> pa.Table:
-        keep = pa.array([True] * table.num_rows, pa.bool_())
         for kind, ids in kept.items():
-            other = pc.not_equal(table["kind"], kind)
-            keep = pc.and_(keep, pc.or_(other, pc.is_in(table["row_id"], value_set=ids)))
-        return table.filter(keep)
+            table = table.filter((column("kind") != kind) | column("row_id").isin(ids))
+        return table
 
     return rows.map_batches(wanted, batch_format="pyarrow", batch_size=None)
 
@@ -157,7 +155,7 @@ def _quarantined(workspace: Workspace) -> list[dict[str, Any]]:
         workspace.full_path(folder),
         filesystem=workspace.store.filesystem,
         columns=list(_REASON),
-        partitioning=None,
+        partitioning=None,  # pyright: ignore[reportArgumentType]
     )
     workspace.store.remove(workspace.path(folder))
     return table.sort_by([("file", "ascending"), ("line", "ascending")]).to_pylist()

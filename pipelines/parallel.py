@@ -69,7 +69,7 @@ class _Plain:
     def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
         if dist.is_initialized() and dist.get_rank() != 0:
             return
-        save_model(self._model.to(dtype), tokenizer, folder)
+        save_model(self._model.to(dtype), tokenizer, folder)  # pyright: ignore[reportArgumentType]
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()

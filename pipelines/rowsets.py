@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
+from pyarrow.dataset import field as column
 from ray.data import Dataset, SaveMode
 
 from pipelines.artifact import Artifact
@@ -48,7 +48,9 @@ def read_rows(artifact: Artifact, folder: str, columns: list[str] | None = None)
     """
     store, chosen = artifact.store, columns or ROW_SCHEMA.names
     prefix = artifact.path(folder) + "/"
-    files = [file.path for file in store.list(artifact.path(folder)) if file.path.startswith(prefix)]
+    files = [
+        file.path for file in store.list(artifact.path(folder)) if file.path.startswith(prefix)
+    ]
 
     def read(items: pa.Table) -> Iterator[pa.Table]:
         for path in items["path"].to_pylist():
@@ -81,7 +83,7 @@ def smallest(rows: Dataset, kind: str | None, size: int, seed: int) -> pa.Array:
 
     def of_block(table: pa.Table) -> pa.Table:
         if kind is not None:
-            table = table.filter(pc.equal(table["kind"], kind))
+            table = table.filter(column("kind") == kind)
         ids = sorted(set(table["row_id"].to_pylist()), key=lambda i: (priority(seed, i), i))
         return pa.table({"row_id": pa.array(ids[:size], pa.string())})
 
@@ -95,7 +97,7 @@ def load_table(artifact: Artifact, folder: str, columns: list[str] | None = None
         artifact.full_path(folder),
         filesystem=artifact.store.filesystem,
         columns=columns,
-        partitioning=None,
+        partitioning=None,  # pyright: ignore[reportArgumentType]
     )
     return table.sort_by("row_id")
 

@@ -1,4 +1,4 @@
-"""Bringing the world in line with a stream: run the stages that are missing, in the graph's order.
+"""Bringing the world in line with streams: run the stages that are missing, in the graphs' order.
 
 Independent stages run side by side (an evaluation beside the next task's training), each in a thread
 that waits for Ray. Events of all threads arrive in one queue and are handled by the caller's thread,
@@ -27,6 +27,15 @@ from pipelines.teach import teach
 from pipelines.train import train
 from pipelines.workspace import Workspace
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A stage, and the config of the stream that asks for it: where its sources lie, how it runs."""
+
+    stage: Stage
+    config: StreamConfig
+
+
 StageFunction = Callable[[Workspace, StreamConfig, str, Reporter], StageOutcome]
 COMPUTE: dict[str, StageFunction] = {
     "ingest": ingest,
@@ -44,39 +53,46 @@ _TICK_SECONDS = 0.25
 class _Progress:
     """Which stages are done, running or not begun."""
 
-    waiting: list[Stage]
+    waiting: list[Job]
     running: set[str] = field(default_factory=set)
     records: dict[str, StageRecord] = field(default_factory=dict)
     error: BaseException | None = None
 
-    def ready(self, slots: int) -> list[Stage]:
+    def ready(self, slots: int) -> list[Job]:
         if self.error is not None:
             return []
         able = [
-            stage
-            for stage in self.waiting
-            if all(other.fingerprint in self.records for other in stage.inputs.values())
+            job
+            for job in self.waiting
+            if all(other.fingerprint in self.records for other in job.stage.inputs.values())
         ]
         return able[: max(0, slots - len(self.running))]
 
 
 def run_stages(
     store: Store,
-    config: StreamConfig,
-    stages: Sequence[Stage],
+    jobs: Sequence[Job],
     monitor: Any,
     provenance: Provenance,
+    parallel: int,
 ) -> Iterator[StageEvent | None]:
     """Run stages until all are in the store; yields events as they happen, and None between them.
+
+    Args:
+        jobs: each after its inputs; a stage that several streams ask for is done once.
+        parallel: how many may run at the same time.
 
     Raises:
         The first error of a stage, once the stages beside it have ended.
     """
     events: queue.Queue[StageEvent | tuple[Stage, StageRecord | BaseException]] = queue.Queue()
-    progress = _Progress(waiting=list(stages))
+    distinct = {job.stage.fingerprint: job for job in reversed(jobs)}
+    waiting = [job for job in jobs if distinct[job.stage.fingerprint] is job]
+    progress = _Progress(waiting=waiting)
 
-    def work(stage: Stage) -> None:
-        report = Reporter(monitor, str(stage))
+    def work(job: Job) -> None:
+        stage, config = job.stage, job.config
+        report = Reporter(monitor, stage.key)
         try:
             record = run_stage(
                 store,
@@ -90,10 +106,11 @@ def run_stages(
             events.put((stage, error))
 
     while progress.running or progress.ready(1):
-        for stage in progress.ready(config.ray.parallel_stages):
-            progress.waiting.remove(stage)
-            progress.running.add(stage.fingerprint)
-            threading.Thread(target=work, args=(stage,), name=str(stage), daemon=True).start()
+        for job in progress.ready(parallel):
+            progress.waiting.remove(job)
+            progress.running.add(job.stage.fingerprint)
+            name = str(job.stage)
+            threading.Thread(target=work, args=(job,), name=name, daemon=True).start()
         try:
             item = events.get(timeout=_TICK_SECONDS)
         except queue.Empty:

@@ -7,7 +7,7 @@ a row's chance depends on nothing but its content and the seed. Nothing is shuff
 from __future__ import annotations
 
 import pyarrow as pa
-import pyarrow.compute as pc
+from pyarrow.dataset import field as column
 
 from pipelines.config import StreamConfig
 from pipelines.monitor import Reporter
@@ -26,7 +26,7 @@ def sample(workspace: Workspace, config: StreamConfig, task: str, report: Report
     kept = smallest(ids, None, size, settings["seed"])
 
     def drawn(table: pa.Table) -> pa.Table:
-        return table.filter(pc.is_in(table["row_id"], value_set=kept))
+        return table.filter(column("row_id").isin(kept))
 
     rows = read_rows(data, kind_folder(TRAIN))
     write_rows(rows.map_batches(drawn, batch_format="pyarrow"), workspace, REPLAY)

@@ -41,9 +41,7 @@ def score(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
     }
     scores = map_on_pool(rows_in_blocks(table, config.score), _Scorer, arguments, config.score)
     write_rows(scores, workspace, SCORES)
-    return StageOutcome(
-        rows=table.num_rows, seeds={"query_positions": workspace.config["seed"]}
-    )
+    return StageOutcome(rows=table.num_rows, seeds={"query_positions": workspace.config["seed"]})
 
 
 class _Scorer:

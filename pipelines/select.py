@@ -45,7 +45,8 @@ def select(workspace: Workspace, config: StreamConfig, task: str, report: Report
     }
     budgets = (settings["layer_budget"], settings["head_budget"])
     if settings["heads"] == "random":
-        selection = random_heads(settings["seed"], *importance_LH.shape, *budgets)
+        num_layers, num_heads = importance_LH.shape
+        selection = random_heads(settings["seed"], num_layers, num_heads, *budgets)
     else:
         selection = select_heads(ranked_by[settings["heads"]], *budgets)
     content: dict[str, Any] = selection.to_dict() | {

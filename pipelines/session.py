@@ -8,8 +8,9 @@ that is not ours the same is checked and refused.
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,19 +28,24 @@ _TASK_CPUS = 2
 
 
 @contextmanager
-def ray_session(config: StreamConfig) -> Iterator[None]:
-    """Connect to the stream's cluster, or start a local one; a session that exists is used as is.
+def ray_session(configs: Sequence[StreamConfig]) -> Iterator[None]:
+    """Connect to the streams' cluster, or start a local one; a session that exists is used as is.
+
+    Args:
+        configs: of all streams that will run in it; the first one says where it is.
 
     Raises:
         ConfigError: the cluster can never hold what the stream asks for.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _TRAIN_POLL_SECONDS)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     mine = not ray.is_initialized()
     if mine:
-        _connect(config)
+        _connect(configs)
     try:
-        _check_resources(config)
+        for config in configs:
+            _check_resources(config)
         _configure_data()
         yield
     finally:
@@ -54,12 +60,17 @@ def required_cpus(config: StreamConfig) -> float:
     return training + max(pool.actors * pool.cpus for pool in pools) + _TASK_CPUS
 
 
-def _connect(config: StreamConfig) -> None:
+def _connect(configs: Sequence[StreamConfig]) -> None:
+    config = configs[0]
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address is not None:
         ray.init(address=config.ray.address, **quiet)
         return
-    cpus = max(config.ray.num_cpus or 0, os.cpu_count() or 1, int(required_cpus(config) + 0.999))
+    cpus = max(
+        config.ray.num_cpus or 0,
+        os.cpu_count() or 1,
+        *(math.ceil(required_cpus(other)) for other in configs),
+    )
     # The dashboard answers Ray Train's cleaner, which otherwise keeps polling after every stage.
     ray.init(num_cpus=cpus, include_dashboard=True, dashboard_port=None, **quiet)
 

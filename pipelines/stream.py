@@ -1,11 +1,12 @@
 """A stream opened: its config, its graph, its store, and what happened to each stage.
 
 Everything the command line does begins with `open_stream`, which validates all there is to validate
-and starts nothing. `run_stream` is the only thing that computes.
+and starts nothing. `run_streams` is the only thing that computes.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,15 +19,16 @@ from pipelines.graph import build_graph
 from pipelines.load import load_config
 from pipelines.monitor import start_monitor
 from pipelines.provenance import Provenance, now_iso
-from pipelines.report import write_report
+from pipelines.report import render_report
 from pipelines.results import StageResult, StreamView
-from pipelines.runner import run_stages
+from pipelines.runner import Job, run_stages
 from pipelines.session import ray_session
 from pipelines.stage import Stage, StageEvent, find, state
 from pipelines.store import Store
 from pipelines.survey import Facts, survey
 from pipelines.tracking import Tracker, tracking_uri
 from pipelines.workspace import FAILURE
+from seekr.errors import ConfigError
 
 RunState = Literal["ran", "reused", "missing", "running", "failed"]
 Watch = Callable[[StageEvent | None, Any], None]
@@ -46,6 +48,11 @@ class Stream:
     def run_log(self) -> str:
         """Path of the note about the stream's last run, relative to the store's root."""
         return f"streams/{self.config.name}/last_run.json"
+
+    @property
+    def report_path(self) -> str:
+        """Path of the stream's newest report, relative to the store's root."""
+        return f"streams/{self.config.name}/report.html"
 
 
 def open_stream(path: Path, overrides: Sequence[str] = (), *, writable: bool = False) -> Stream:
@@ -102,71 +109,105 @@ def view_of(stream: Stream) -> StreamView:
     return StreamView.of_config(stream.config, results)
 
 
-def run_stream(
-    stream: Stream, watch: Watch, *, warn: Callable[[str], None], report: Path | None = None
-) -> StreamView:
-    """Run what is missing, track it, write the report; returns the finished stream's view.
+def run_streams(
+    streams: Sequence[Stream], watch: Watch, *, warn: Callable[[str], None]
+) -> list[StreamView]:
+    """Run what is missing of some streams side by side; returns the view of each when finished.
+
+    Stages that streams have in common are computed once. All share the first one's cluster.
 
     Args:
-        stream: opened with `writable=True`.
+        streams: opened with `writable=True`, on one storage.
         watch: called in this thread with every event, and with None in between; its second
             argument asks the running stages for their newest numbers.
-        warn: told once if MLflow cannot be written.
-        report: where to write the HTML report.
+        warn: told, once per stream, if MLflow cannot be written.
 
     Raises:
+        ConfigError: the streams have different storages.
         Whatever the first failing stage raised, after the others ended.
     """
-    provenance = Provenance.capture(stream.path.parent.absolute())
-    log: dict[str, Any] = {"started_at": now_iso(), "ran": [], "reused": []}
-    tracker = Tracker(
-        tracking_uri(stream.config.tracking.uri, stream.store),
-        stream=stream.config.name,
-        store=stream.store,
-        warn=warn,
-    )
-
-    def note(event: StageEvent) -> None:
-        if event.record is None:
-            return
-        log["ran" if event.kind == "finished" else "reused"].append(event.record.key)
-        stream.store.write_json(stream.run_log, log)
-        tracker.log_record(Artifact(store=stream.store, record=event.record))
-
+    first = streams[0]
+    _check_one_storage(streams)
+    runs = [_Run(stream, warn) for stream in streams]
+    jobs = [Job(stage=stage, config=s.config) for s in streams for stage in s.stages]
+    provenance = Provenance.capture(first.path.parent.absolute())
     try:
-        with _monitor_if_needed(stream) as monitor:
-            for event in run_stages(
-                stream.store, stream.config, stream.stages, monitor, provenance
-            ):
+        with _monitor_if_needed(streams) as monitor:
+            parallel = first.config.ray.parallel_stages
+            for event in run_stages(first.store, jobs, monitor, provenance, parallel):
                 if event is not None:
-                    note(event)
+                    for run in runs:
+                        run.note(event)
                 watch(event, monitor)
-        stream.store.write_json(stream.run_log, log | {"finished_at": now_iso()})
-        view = view_of(stream)
-        if report is not None:
-            write_report(view, report)
-        tracker.finish(view, report)
-        return view
+        return [run.finish() for run in runs]
     finally:
-        tracker.close()
+        for run in runs:
+            run.close()
+
+
+class _Run:
+    """What is noted about one stream while it runs: its run log, and MLflow."""
+
+    def __init__(self, stream: Stream, warn: Callable[[str], None]) -> None:
+        self._stream = stream
+        self._keys = {stage.key for stage in stream.stages}
+        self._log: dict[str, Any] = {"started_at": now_iso(), "ran": [], "reused": []}
+        self._tracker = Tracker(
+            tracking_uri(stream.config.tracking.uri, stream.store),
+            stream=stream.config.name,
+            store=stream.store,
+            warn=warn,
+        )
+
+    def note(self, event: StageEvent) -> None:
+        record, store = event.record, self._stream.store
+        if record is None or record.key not in self._keys:
+            return
+        self._log["ran" if event.kind == "finished" else "reused"].append(record.key)
+        store.write_json(self._stream.run_log, self._log)
+        self._tracker.log_record(Artifact(store=store, record=record))
+
+    def finish(self) -> StreamView:
+        """Write the run log, the report beside it, and the stream's figures."""
+        store = self._stream.store
+        store.write_json(self._stream.run_log, self._log | {"finished_at": now_iso()})
+        view = view_of(self._stream)
+        page = render_report(view).encode()
+        store.write_bytes(self._stream.report_path, page)
+        with tempfile.TemporaryDirectory(prefix="seekr-report-") as folder:
+            path = Path(folder) / "report.html"
+            path.write_bytes(page)
+            self._tracker.finish(view, path)
+            self._tracker.close()
+        return view
+
+    def close(self) -> None:
+        self._tracker.close()
+
+
+def _check_one_storage(streams: Sequence[Stream]) -> None:
+    places = sorted({stream.store.uri_for("") for stream in streams})
+    if len(places) > 1:
+        raise ConfigError(
+            f"the streams have different storages: {', '.join(places)}; streams that run together "
+            "share one: set storage to the same place"
+        )
 
 
 @contextmanager
-def _monitor_if_needed(stream: Stream) -> Iterator[Any]:
+def _monitor_if_needed(streams: Sequence[Stream]) -> Iterator[Any]:
     """Start Ray and a monitor, unless every stage is in the store."""
-    if len(records_of(stream)) == len(stream.stages):
+    if all(len(records_of(stream)) == len(stream.stages) for stream in streams):
         yield None
         return
-    with ray_session(stream.config):
+    with ray_session([stream.config for stream in streams]):
         yield start_monitor()
 
 
 def _status(stream: Stream, stage: Stage, ran: set[str]) -> StageStatus:
     found = state(stream.store, stage)
     record = find(stream.store, stage) if found == "reused" else None
-    failure = (
-        stream.store.read_json(f"{stage.key}/{FAILURE}") if found == "failed" else {}
-    )
+    failure = stream.store.read_json(f"{stage.key}/{FAILURE}") if found == "failed" else {}
     return StageStatus(
         name=stage.name,
         task=stage.task,

@@ -25,7 +25,9 @@ _COLOURS = {
 def matrix_table(view: StreamView) -> Group:
     """Return the matrix R: a row per task learnt, a column per task tested, and OP and BWT below."""
     matrix = view.matrix()
-    table = Table(title=f"{view.name}: accuracy after each task ({view.method})", title_justify="left")
+    table = Table(
+        title=f"{view.name}: accuracy after each task ({view.method})", title_justify="left"
+    )
     table.add_column("after")
     for name in view.tasks:
         table.add_column(name, justify="right")
@@ -38,6 +40,25 @@ def matrix_table(view: StreamView) -> Group:
     if found["fwt"] is not None:
         text += f"   FWT {_percent(found['fwt'])}"
     return Group(table, Text(text, "bold"))
+
+
+def comparison_table(views: Sequence[StreamView]) -> Table:
+    """Return streams side by side: what each method keeps, gains and costs."""
+    table = Table(title="comparison, in per cent", title_justify="left")
+    table.add_column("stream")
+    table.add_column("method")
+    for column in ("OP", "BWT (T-1)", "BWT (T)", "replay store", "seconds"):
+        table.add_column(column, justify="right")
+    for view in views:
+        found = summary(view)
+        table.add_row(
+            view.name,
+            view.method,
+            *(_percent(found[key]) for key in ("op", "bwt", "bwt_t")),
+            f"{found['replay_bytes'] / 1024:.0f} KiB",
+            f"{view.seconds():.0f}",
+        )
+    return table
 
 
 def summary(view: StreamView) -> dict[str, Any]:

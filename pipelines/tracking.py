@@ -37,6 +37,8 @@ ENVIRONMENT: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
+# Streams that run side by side share a sqlite file, which takes one writer at a time.
+_ONE_WRITER = threading.Lock()
 logger = logging.getLogger(__name__)
 Warn = Callable[[str], None]
 Job = Callable[[MlflowWriter], None]
@@ -118,7 +120,8 @@ class Tracker:
                 continue
             try:
                 writer = writer or _connect(self._uri, self._stream, self._store, self._warn)
-                job(writer)
+                with _ONE_WRITER:
+                    job(writer)
             except Exception as error:  # whatever it is, it must not end the run
                 self._fail(_shown(error))
 

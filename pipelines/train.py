@@ -71,7 +71,7 @@ def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
 
 def _fit(trainer: TorchTrainer, task: str) -> dict[str, Any]:
     try:
-        found = trainer.fit().return_value
+        found: Any = trainer.fit().return_value
     except WorkerGroupError as error:
         causes = {f"{type(e).__name__}: {e}" for e in error.worker_failures.values()}
         raise SeekrError(
@@ -103,9 +103,7 @@ def _outcome(workspace: Workspace, found: dict[str, Any]) -> StageOutcome:
         "final_loss": steps[-1]["loss"],
     }
     seeds = {"train": workspace.config["seed"]}
-    return StageOutcome(
-        rows=tokens, stats=stats, seeds=seeds, outputs=tuple(found["outputs"])
-    )
+    return StageOutcome(rows=tokens, stats=stats, seeds=seeds, outputs=tuple(found["outputs"]))
 
 
 def _by_task(workspace: Workspace, kind: str) -> dict[str, Artifact]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+import ray.exceptions
 from rich.console import Console, Group
 from rich.live import Live
 from rich.spinner import Spinner
@@ -27,6 +28,7 @@ _MARKS = {"finished": ("ran", "green"), "reused": ("reused", "cyan"), "failed": 
 
 @dataclass(slots=True)
 class _Running:
+    name: str
     started: float
     told: float
     note: str = ""
@@ -39,9 +41,7 @@ class Watcher:
     console: Console
     num_stages: int
     _running: dict[str, _Running] = field(default_factory=lambda: dict[str, _Running]())
-    _numbers: dict[str, dict[str, Any]] = field(
-        default_factory=lambda: dict[str, dict[str, Any]]()
-    )
+    _numbers: dict[str, dict[str, Any]] = field(default_factory=lambda: dict[str, dict[str, Any]]())
     _done: int = 0
     _live: Live | None = None
 
@@ -65,10 +65,10 @@ class Watcher:
             self._live.update(self._picture())
 
     def _take(self, event: StageEvent) -> None:
-        name, now = str(event.stage), time.monotonic()
+        name, key, now = str(event.stage), event.stage.key, time.monotonic()
         if event.kind in _MARKS:
-            self._running.pop(name, None)
-            self._numbers.pop(name, None)
+            self._running.pop(key, None)
+            self._numbers.pop(key, None)
             self._done += event.kind != "failed"
             word, colour = _MARKS[event.kind]
             self._line(name, word, colour, _outcome(event))
@@ -76,8 +76,8 @@ class Watcher:
         note = f"waiting for {event.owner}" if event.kind == "waiting" else ""
         if event.kind == "resumed":
             note = f"attempt {event.attempt}"
-        is_news = name not in self._running or note != self._running[name].note
-        self._running[name] = _Running(started=now, told=now, note=note)
+        is_news = key not in self._running or note != self._running[key].note
+        self._running[key] = _Running(name=name, started=now, told=now, note=note)
         if self._live is None and is_news:
             self._line(name, event.kind, "yellow", note)
 
@@ -89,10 +89,11 @@ class Watcher:
         if self._live is not None:
             return
         now = time.monotonic()
-        for name, running in self._running.items():
+        for key, running in self._running.items():
             if now - running.told >= _PLAIN_INTERVAL:
                 running.told = now
-                self._line(name, "running", "yellow", progress_text(self._of(name), now - running.started))
+                text = progress_text(self._of(key), now - running.started)
+                self._line(running.name, "running", "yellow", text)
 
     def _line(self, name: str, word: str, colour: str, rest: str) -> None:
         count = f"[{self._done}/{self.num_stages}]"
@@ -103,13 +104,13 @@ class Watcher:
     def _picture(self) -> Group:
         now = time.monotonic()
         table = Table.grid(padding=(0, 1))
-        for name, running in self._running.items():
-            text = running.note or progress_text(self._of(name), now - running.started)
-            table.add_row(Spinner("dots"), Text(name, "bold"), Text(text, "dim"))
+        for key, running in self._running.items():
+            text = running.note or progress_text(self._of(key), now - running.started)
+            table.add_row(Spinner("dots"), Text(running.name, "bold"), Text(text, "dim"))
         return Group(table)
 
-    def _of(self, name: str) -> Mapping[str, Any]:
-        return self._numbers.get(name, {})
+    def _of(self, key: str) -> Mapping[str, Any]:
+        return self._numbers.get(key, {})
 
 
 def progress_text(numbers: Mapping[str, Any], seconds: float) -> str:

@@ -89,7 +89,9 @@ class _Worker:
         torch.set_num_threads(spec.execution.cpus_per_worker)
         torch.manual_seed(self._settings["seed"])
         gpu = spec.execution.gpus_per_worker > 0
-        self._device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        self._device = (
+            torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        )
         self._tokenizer = load_tokenizer(
             spec.model.folder(), trust_remote_code=spec.model.trust_remote_code
         )
@@ -176,7 +178,9 @@ class _Worker:
                 targets=targets,
                 log_rows=None if probe is None else probe.log_rows,
             )
-            terms = method.replay_terms(outputs) if micro_batch.replay else method.task_terms(outputs)
+            terms = (
+                method.replay_terms(outputs) if micro_batch.replay else method.task_terms(outputs)
+            )
             parts = [term.weight * term.total / counts[term.per] for term in terms.values()]
             # Gradients are averaged over workers; a pass that only keeps step weighs nothing.
             weight = float(self._world) if micro_batch.counts else 0.0

@@ -8,6 +8,7 @@ take their share of a step's rows by position.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -100,4 +101,5 @@ def share(rows: NDArray[np.int64], rank: int, world_size: int) -> NDArray[np.int
 
 def num_micro_batches(num_rows: int, world_size: int, micro_batch_size: int) -> int:
     """Return how many forward passes each worker makes for a step's rows; equal on all workers."""
-    return -(-(-(-num_rows // world_size)) // micro_batch_size)
+    rows_per_worker = math.ceil(num_rows / world_size)
+    return math.ceil(rows_per_worker / micro_batch_size)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from seekr.batch_targets import BatchTargets
 from seekr.losses import answer_nll
 from seekr.prompts import Batch
-from seekr.batch_targets import BatchTargets
 
 # What a term's total is divided by: a count over the whole optimizer step, on all workers.
 Unit = Literal["task_tokens", "replay_tokens", "replay_rows"]
@@ -76,7 +76,8 @@ class Method(BaseModel):
     # Fields that do not enter the loss: they bear on the stages that prepare its targets.
     preparation_fields: ClassVar[frozenset[str]] = frozenset()
 
-    name: str
+    # A Literal of its own in every method; Any, because each narrows it.
+    name: Any
 
     def task_terms(self, outputs: Outputs) -> Terms:
         """Losses on rows of the task being learnt: next-token NLL on the answers."""

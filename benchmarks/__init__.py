@@ -1,0 +1,1 @@
+"""Measurements, each with its prediction and its recorded result."""

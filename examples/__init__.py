@@ -1,0 +1,1 @@
+"""Streams to start from."""

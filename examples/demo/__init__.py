@@ -1,0 +1,1 @@
+"""The demo: four string tasks, a tiny Llama, three methods."""
