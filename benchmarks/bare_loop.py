@@ -65,7 +65,7 @@ class Settings:
     test_rows: int | None = None
     epochs: int = 4
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     schedule: Literal["constant", "linear"] = "linear"
     warmup_steps: int = 10
     weight_decay: float = 0.0

@@ -33,7 +33,9 @@ def execution(default: Any, **options: Any) -> Any:
 class Section(BaseModel):
     """A part of the YAML: frozen, and without unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def identity(section: BaseModel) -> dict[str, Any]:
@@ -101,9 +103,9 @@ class TaskConfig(TaskOptions):
     """One task of the stream, in learning order."""
 
     name: Name
-    train: str = execution(...)
+    train: str = execution(..., min_length=1)
     """File, folder, glob or URI of training rows; relative paths start at data_root."""
-    test: str = execution(...)
+    test: str = execution(..., min_length=1)
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the rows; train.epochs unless given."""
 
@@ -191,6 +193,11 @@ class TrackingConfig(Section):
     uri: str | None = execution(None)
     """Of the server; null is sqlite in the local storage folder, `off` tracks nothing."""
 
+    @field_validator("uri", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, uri: Any) -> Any:
+        return "off" if uri is False else uri  # YAML 1.1 reads a bare off as false
+
 
 class RayConfig(Section):
     """The cluster."""
@@ -219,7 +226,7 @@ class StreamConfig(Section):
     score: PoolConfig = PoolConfig()
     teach: TeachConfig = TeachConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    storage: str = execution("seekr-store")
+    storage: str = execution("seekr-store", min_length=1)
     """Folder or URI (s3://, gs://) of all artifacts; a relative folder is relative to where you are."""
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
@@ -233,6 +240,10 @@ class StreamConfig(Section):
                 raise ValueError(f"the task name {task.name!r} occurs twice; give each its own")
             if task.name.lower() in {"all", "base"}:
                 raise ValueError(f"the task name {task.name!r} is reserved; choose another")
+            if "--" in task.name:
+                raise ValueError(
+                    f"the task name {task.name!r} has '--', which joins names of stages; use '-'"
+                )
             seen.add(task.name.lower())
         return tasks
 

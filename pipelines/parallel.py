@@ -97,8 +97,7 @@ class _Fsdp(_Plain):
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         super().__init__(model, dtype)
-        # fully_shard renames the class; the exported config must name the plain one.
-        self._architectures = [type(model).__name__]
+        self._plain_class = type(model)  # fully_shard gives the model another one
         mesh = init_device_mesh(self._device, (dist.get_world_size(),))
         policy = MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
@@ -122,12 +121,10 @@ class _Fsdp(_Plain):
                 whole[name] = full.to(dtype).cpu()
         if dist.get_rank() != 0:
             return
-        plain = type(self._model).__mro__[1]
-        config = self._model.config
         with torch.device("meta"):
-            shell = plain(config)
+            shell = self._plain_class(self._model.config)
         shell.load_state_dict(whole, assign=True)
-        shell.config.architectures = self._architectures
+        shell.tie_weights()
         save_model(shell.to(dtype), tokenizer, folder)
 
 

@@ -58,10 +58,6 @@ class StageResult:
         """The task whose arrival made this stage necessary, for sums per task."""
         return self.task.split(AFTER)[-1].removesuffix(BEFORE)
 
-    def size_of(self, path: str) -> int:
-        """Bytes of one output, 0 when the stage has no such file."""
-        return sum(output.size for output in self.record.outputs if output.path == path)
-
     def read_json(self, path: str) -> Any:
         """The content of a JSON output, or None when the record does not list the file."""
         if not any(output.path == path for output in self.record.outputs):
@@ -177,12 +173,12 @@ class StreamView:
         sizes = []
         for sample in self.of("sample"):
             taught = [r for r in self.of("teach") if r.task.split(AFTER)[0] == sample.task]
-            bytes_each = [result.size_of("targets.parquet") for result in taught]
+            bytes_each = [result.num_bytes for result in taught]
             sizes.append(
                 ReplaySize(
                     task=sample.task,
                     rows=sample.record.rows,
-                    row_bytes=sample.size_of("replay.parquet"),
+                    row_bytes=sample.num_bytes,
                     target_bytes=bytes_each[-1] if bytes_each else 0,
                     stale_bytes=sum(bytes_each[:-1]),
                 )

@@ -186,7 +186,7 @@ class _Run:
 
 
 def _check_one_storage(streams: Sequence[Stream]) -> None:
-    places = sorted({stream.store.uri_for("") for stream in streams})
+    places = sorted({stream.store.location.shown for stream in streams})
     if len(places) > 1:
         raise ConfigError(
             f"the streams have different storages: {', '.join(places)}; streams that run together "
