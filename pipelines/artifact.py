@@ -48,7 +48,7 @@ class StageRecord:
         seeds: every seed that was used.
         started_at, finished_at: ISO 8601, UTC.
         seconds: wall time of the attempt that finished.
-        peak_memory_bytes: largest resident memory of the driver's process tree.
+        peak_memory_bytes: growth of the driver's process tree, see `provenance.PeakMemory`.
         attempts: how often it was begun, the successful time included.
         host, user, argv, git_commit, versions: circumstances, see `provenance.Provenance`.
     """

@@ -116,10 +116,12 @@ def redact_argv(argv: Sequence[str]) -> list[str]:
 
 
 class PeakMemory:
-    """Context that samples the resident memory of this process and its children.
+    """Context that samples how far the memory of this process and its children grows.
 
-    `peak_bytes` is the largest sum seen. Pages that processes share (the object store of a local
-    Ray) are counted once per process, so it is an upper bound; other machines are not seen.
+    `peak_bytes` is the largest resident sum seen, less what was there when the context began: the
+    driver and an idle local Ray are not the stage's doing. Pages that processes share are counted
+    once per process, a stage that runs beside this one is counted too, and other machines are not
+    seen.
 
     Args:
         interval: seconds between samples. One sample takes a few milliseconds.
@@ -128,6 +130,7 @@ class PeakMemory:
     def __init__(self, interval: float = 1.0) -> None:
         self.interval = interval
         self.peak_bytes = 0
+        self._at_start: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="seekr-memory", daemon=True)
 
@@ -157,7 +160,9 @@ class PeakMemory:
             # A child may end between the listing and the reading.
             with contextlib.suppress(psutil.Error):
                 total += process.memory_info().rss
-        self.peak_bytes = max(self.peak_bytes, total)
+        if self._at_start is None:
+            self._at_start = total
+        self.peak_bytes = max(self.peak_bytes, total - self._at_start)
 
 
 def _git(folder: str | Path, *words: str) -> str | None:

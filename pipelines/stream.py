@@ -28,7 +28,7 @@ from pipelines.store import Store
 from pipelines.survey import Facts, survey
 from pipelines.tracking import Tracker, tracking_uri
 from pipelines.workspace import FAILURE
-from seekr.errors import ConfigError
+from seekr.errors import ConfigError, StoreError
 
 RunState = Literal["ran", "reused", "missing", "running", "failed"]
 Watch = Callable[[StageEvent | None, Any], None]
@@ -59,13 +59,16 @@ def open_stream(path: Path, overrides: Sequence[str] = (), *, writable: bool = F
     """Read, validate and look at the world; no compute, and nothing written unless asked to.
 
     Raises:
-        ConfigError, DataError: what is wrong, all of it at once where possible.
-        StoreError: the storage cannot be opened, or not be written if `writable`.
+        ConfigError, DataError: what is wrong, all of it at once where possible; also a storage that
+            cannot be opened, or not be written if `writable`.
     """
     config = load_config(path, overrides)
     facts = survey(config)
     stages = build_graph(config, facts)
-    store = Store.open(config.storage, writable=writable)
+    try:
+        store = Store.open(config.storage, writable=writable)
+    except StoreError as error:
+        raise ConfigError(f"storage: {error}") from error
     return Stream(path=path, config=config, facts=facts, stages=stages, store=store)
 
 

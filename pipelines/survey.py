@@ -165,13 +165,14 @@ def _task_facts(
             raise DataError(f"tasks.{task.name}.{part}: {error}") from error
         require_good(reports[part], options.max_bad_share, f"tasks.{task.name}.{part}")
     template = _template(options, reports["train"])
-    check_limits(Template.parse(template), tokenizer, options.max_length, options.max_answer_length)
     num_train = min(reports["train"].num_rows, options.train_rows or reports["train"].num_rows)
-    if config.method.needs.replay:
-        try:
+    try:
+        lengths = (options.max_length, options.max_answer_length)
+        check_limits(Template.parse(template), tokenizer, *lengths)
+        if config.method.needs.replay:
             replay_size(num_train, config.replay.ratio, config.replay.rows)
-        except ConfigError as error:
-            raise ConfigError(f"task {task.name}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"task {task.name}: {error}") from error
     return TaskFacts(
         train=reports["train"], test=reports["test"], template=template, num_train=num_train
     )

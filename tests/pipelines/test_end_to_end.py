@@ -69,7 +69,7 @@ def test_every_stage_is_recorded_with_rows_digests_and_its_inputs(finished: Stre
         assert {n: r.fingerprint for n, r in record.inputs.items()} == {
             name: other.fingerprint for name, other in stage.inputs.items()
         }
-        assert record.rows and record.peak_memory_bytes
+        assert record.rows and record.peak_memory_bytes is not None
     assert all(status.state == "ran" for status in status_of(finished))
 
 
