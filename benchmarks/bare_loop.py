@@ -63,7 +63,7 @@ class Settings:
     seed: int = 0
     train_rows: int | None = None
     test_rows: int | None = None
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 16
     learning_rate: float = 1.5e-3
     schedule: Literal["constant", "linear"] = "linear"
