@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from seekr.errors import SeekrError
+from seekr.errors import ConfigError, SeekrError
 
 app = typer.Typer(
     help="Keep large language models up to date without forgetting.\n\n"
@@ -49,9 +51,7 @@ def run(
         list[Path], typer.Argument(metavar="STREAM...", help="YAML files of streams.")
     ],
     set_: Overrides = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write the HTML report here when done.")
-    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the HTML report here, too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of a stream, or of several side by side, and show what came out.
@@ -69,6 +69,8 @@ def run(
     from pipelines.watching import Watcher
 
     opened = [streams.open_stream(path, set_ or (), writable=True) for path in stream]
+    if report is not None:
+        _check_target(report, "--report")
     distinct = {stage.fingerprint for item in opened for stage in item.stages}
     with Watcher(console=err if as_json else out, num_stages=len(distinct)) as watcher:
         views = streams.run_streams(opened, watcher, warn=_warn)
@@ -86,7 +88,7 @@ def run(
         out.print(matrix_table(view))
     if len(views) > 1:
         out.print(comparison_table(views))
-    out.print(f"report: {where}", soft_wrap=True)
+    _say(f"report: {where}")
 
 
 @app.command()
@@ -100,10 +102,7 @@ def plan(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) ->
 
     opened = streams.open_stream(stream, set_ or ())
     statuses = streams.status_of(opened)
-    if as_json:
-        _print_json({"stages": _statuses(statuses)})
-        return
-    out.print(plan_table(statuses))
+    _print_json({"stages": _statuses(statuses)}) if as_json else out.print(plan_table(statuses))
 
 
 @app.command()
@@ -119,8 +118,8 @@ def status(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) 
     statuses = streams.status_of(opened)
     if as_json:
         _print_json({"stream": opened.config.name, "stages": _statuses(statuses)})
-        return
-    out.print(status_table(statuses))
+    else:
+        out.print(status_table(statuses))
 
 
 @app.command()
@@ -138,7 +137,6 @@ def explain(
     """
     from pipelines import stream as streams
     from pipelines.explain import explain as explain_stages
-    from seekr.errors import ConfigError
 
     opened = streams.open_stream(stream, set_ or ())
     chosen = [s for s in opened.stages if stage is None or stage in (s.name, str(s), s.task)]
@@ -150,9 +148,8 @@ def explain(
     found = explain_stages(opened.store, chosen)
     if as_json:
         _print_json({"stages": {str(item.stage): str(item) for item in found}})
-        return
-    for item in found:
-        out.print(str(item), markup=False, highlight=False, soft_wrap=True)
+    else:
+        _say("\n".join(map(str, found)))
 
 
 @app.command()
@@ -160,8 +157,7 @@ def report(
     stream: StreamPath,
     to: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("report.html"),
     compare: Annotated[
-        list[Path] | None,
-        typer.Option(help="Another stream to put beside it. May be repeated."),
+        list[Path] | None, typer.Option(help="Another stream to put beside it. Repeatable.")
     ] = None,
     set_: Overrides = None,
 ) -> None:
@@ -172,10 +168,10 @@ def report(
     from pipelines import stream as streams
     from pipelines.report import write_report
 
-    opened = [streams.open_stream(stream, set_ or ())]
-    opened += [streams.open_stream(other) for other in compare or ()]
-    written = write_report([streams.view_of(item) for item in opened], to)
-    out.print(f"report: {written}", soft_wrap=True)
+    opened = [streams.open_stream(stream, set_ or ()), *map(streams.open_stream, compare or ())]
+    views = [streams.finished_view(item) for item in opened]
+    _check_target(to, "--out")
+    _say(f"report: {write_report(views, to)}")
 
 
 @app.command()
@@ -198,26 +194,21 @@ def lineage(
     from pipelines import lineage as lineages
     from pipelines import stream as streams
     from pipelines import tracking
+    from pipelines.provenance import redact
 
     opened = streams.open_stream(stream, set_ or ())
+    view = streams.finished_view(opened)
     if rebuild:
         uri = tracking.tracking_uri(opened.config.tracking.uri, opened.store)
         if uri is None:
-            _warn("tracking is off: nothing to rebuild; set tracking.uri")
-        else:
-            tracking.rebuild(uri, streams.view_of(opened), opened.store, warn=_warn)
-            out.print(f"MLflow at {uri} is rebuilt", soft_wrap=True)
+            raise ConfigError("tracking is off: there is nothing to rebuild; set tracking.uri")
+        tracking.rebuild(uri, view, opened.store, warn=_warn)
         if model is None:
+            _print_json({"rebuilt": redact(uri)}) if as_json else _say(f"{redact(uri)} is rebuilt")
             return
-    name = model or opened.config.tasks[-1].name
-    if opened.config.method.needs.all_tasks and model is None:
-        name = "all"
-    records = list(streams.records_of(opened).values())
-    found = lineages.walk(records, name, stream=opened.config.name)
-    if as_json:
-        _print_json(found.to_json())
-        return
-    out.print(lineages.render_tree(found))
+    records = [result.record for result in view.stages]
+    found = lineages.walk(records, model or opened.last_model, stream=opened.config.name)
+    _print_json(found.to_json()) if as_json else out.print(lineages.render_tree(found))
 
 
 @app.command()
@@ -237,7 +228,7 @@ def export(
     from pipelines.export import export_model
 
     opened = streams.open_stream(stream, set_ or ())
-    out.print(f"model: {export_model(opened, task, to)}", soft_wrap=True)
+    _say(f"model: {export_model(opened, task, to)}")
 
 
 @app.command()
@@ -253,10 +244,8 @@ def doctor(
     from pipelines.tables import doctor_table
 
     checks = examine(stream, set_ or ())
-    if as_json:
-        _print_json({"checks": [{"name": c.name, "ok": c.ok, "text": c.text} for c in checks]})
-    else:
-        out.print(doctor_table(checks))
+    found = {"checks": [asdict(check) for check in checks]}
+    _print_json(found) if as_json else out.print(doctor_table(checks))
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
@@ -278,19 +267,29 @@ def main() -> None:
     except SeekrError as error:
         err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("stopped; run the same command again to go on from here")
-        sys.exit(130)
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of Ctrl-C
+            err.print("stopped; run the same command again to go on from here")
+        raise
+
+
+def _check_target(file: Path, option: str) -> None:
+    """Refuse, before any work, a file that could not be written after it."""
+    folder = next(place for place in file.absolute().parents if place.exists())
+    if file.is_dir() or not os.access(folder, os.W_OK) or not folder.is_dir():
+        raise ConfigError(f"{option} {file} cannot be written; give the name of a file to write")
 
 
 def _statuses(statuses: Any) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
     return [asdict(item) for item in statuses]
 
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, sort_keys=False))
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _warn(text: str) -> None:

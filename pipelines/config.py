@@ -8,9 +8,16 @@ in a fingerprint). `identity()` is the one place that tells them apart. Unknown 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from seekr.methods.derpp import DERpp
 from seekr.methods.mtl import MTL
@@ -36,6 +43,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and not {int, float}.isdisjoint({kind, *get_args(kind)}):
+            raise ValueError("a number is needed, and YAML reads yes, no, on and off as booleans")
+        return value
 
 
 def identity(section: BaseModel) -> dict[str, Any]:

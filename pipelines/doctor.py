@@ -73,7 +73,8 @@ def _disk(folder: Path) -> Check:
 
 def _stream_checks(path: Path, overrides: Sequence[str]) -> list[Check]:
     from pipelines.load import load_config
-    from pipelines.store import Store
+    from pipelines.provenance import redact
+    from pipelines.stream import open_storage
     from pipelines.survey import survey
     from pipelines.tracking import tracking_uri
 
@@ -92,13 +93,13 @@ def _stream_checks(path: Path, overrides: Sequence[str]) -> list[Check]:
         )
 
     def storage() -> str:
-        return str(Store.open(config.storage, writable=True))
+        return f"{open_storage(config, writable=True).location.shown} can be written"
 
     def tracking() -> str:
-        uri = tracking_uri(config.tracking.uri, Store.open(config.storage, writable=False))
+        uri = tracking_uri(config.tracking.uri, open_storage(config, writable=False))
         if uri is None:
             return "off"
-        return f"{uri} {_answers(uri)}"
+        return f"{redact(uri)} {_answers(uri)}"
 
     return [
         _try("model and data", look),

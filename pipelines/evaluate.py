@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from pyarrow.dataset import field as column
 
 from pipelines.config import PoolConfig, StreamConfig
+from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
-from pipelines.pool import ModelSource, map_on_pool, prepare_device, rows_in_blocks
+from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
 from pipelines.rowsets import TEST, kind_folder, load_rows_table, rows_of
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
@@ -62,10 +63,10 @@ def evaluate(
             "report": report,
         }
         rows = rows_in_blocks(table, config.evaluate)
-        mapped = map_on_pool(rows, _Generator, arguments, config.evaluate)
-        found = pa.concat_tables(ray_tables(mapped)).sort_by(
-            [("task", "ascending"), ("row_id", "ascending")]
-        )
+        opened = f"{workspace.key}/{name}"
+        with model_pool(_Generator, arguments, opened, config.evaluate, config) as through:
+            found = pa.concat_tables(ray_tables(through(rows)))
+        found = found.sort_by([("task", "ascending"), ("row_id", "ascending")])
         predictions.append(found)
         seconds = time.monotonic() - started
         cells += [_cell(found, name, other, tasks[other], seconds) for other in tasks]

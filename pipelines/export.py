@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipelines.artifact import Artifact, verify
-from pipelines.graph import ALL_TASKS
 from pipelines.lineage import walk
 from pipelines.pool import MODEL_FOLDER
 from pipelines.stage import find
@@ -26,7 +25,7 @@ def export_model(stream: Stream, task: str | None, folder: Path) -> Path:
         StoreError: the stored model is not what its record says.
     """
     trainings = {stage.task: stage for stage in stream.stages if stage.name == "train"}
-    name = task or (ALL_TASKS if ALL_TASKS in trainings else stream.config.tasks[-1].name)
+    name = task or stream.last_model
     if name not in trainings:
         raise ConfigError(
             f"task {name!r} is not in the stream; there are {', '.join(trainings)}: choose one"
@@ -41,7 +40,10 @@ def export_model(stream: Stream, task: str | None, folder: Path) -> Path:
         raise ConfigError(f"--out {folder} exists and is not an empty folder; choose another")
     verify(stream.store, record)
     artifact = Artifact(store=stream.store, record=record)
-    shutil.copytree(artifact.local(MODEL_FOLDER), folder, dirs_exist_ok=True)
+    try:
+        shutil.copytree(artifact.local(MODEL_FOLDER), folder, dirs_exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} cannot be written: {error}; choose another") from error
     origin = walk(list(records_of(stream).values()), record.fingerprint, stream=stream.config.name)
     note = {"stream": stream.config.name, "task": name, "lineage": origin.to_json()}
     note["weights"] = [asdict(output) for output in record.outputs]

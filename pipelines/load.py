@@ -7,8 +7,9 @@ All validation errors are told at once, each with its field, what was found and 
 from __future__ import annotations
 
 import difflib
+import re
 import types
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -20,6 +21,16 @@ from seekr.errors import ConfigError
 from seekr.methods import METHODS
 
 _PATH_FIELDS = ("model.path", "data_root")
+# What pydantic words for programmers.
+_MESSAGES = {
+    "string_pattern_mismatch": "letters, digits, '.', '_' and '-' are allowed, the first a letter "
+    "or digit",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text",
+    "too_short": "at least 1 is needed",
+    "tuple_type": "must be a list",
+}
+_SOURCE_FIELD = re.compile(r"tasks\.\d+\.(train|test)")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> StreamConfig:
@@ -46,22 +57,47 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> StreamConfig:
 
 
 def _under(root: Path, source: str) -> str:
-    return source if "://" in source else str(root / source)
+    return source if "://" in source else str(root / Path(source).expanduser())
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without repeated keys, of which the first would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} occurs twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"stream {path} does not exist; give the path of a stream's YAML file")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise ConfigError(f"stream {path} {found}; give the path of a stream's YAML file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"stream {path} is not valid YAML: {error}; correct it") from error
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"stream {path} is not valid YAML{_place(error)}; correct it") from error
     if not isinstance(values, dict):
+        found = "is empty" if values is None else f"holds {_short(values)}"
         raise ConfigError(
-            f"stream {path} holds {type(values).__name__}; a mapping with name, model, method and "
-            "tasks is needed: see `seekr schema`"
+            f"stream {path} {found}; a mapping with name, model, method and tasks is needed: see "
+            "`seekr schema`"
         )
     return values
+
+
+def _place(error: Exception) -> str:
+    mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+    if mark is None:
+        return f": {error}"
+    return f" at line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def _resolve(values: dict[str, Any], folder: Path) -> None:
@@ -75,34 +111,42 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
 def _apply(values: dict[str, Any], override: str) -> None:
     dotted, found, text = override.partition("=")
     if not found or not dotted:
-        raise ConfigError(f"--set {override!r} is not understood; write --set field.name=value")
+        raise ConfigError(
+            f"--set {override!r} is not understood; write --set field.name=value, such as "
+            "--set train.epochs=2"
+        )
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
-    if dotted in _PATH_FIELDS and isinstance(value, str):
+        raise ConfigError(
+            f"--set {override!r}: the value is not valid YAML{_place(error)}; put text with "
+            "special characters in quotes"
+        ) from error
+    is_path = dotted in _PATH_FIELDS or _SOURCE_FIELD.fullmatch(dotted)
+    if is_path and isinstance(value, str) and value and "://" not in value:
         value = str(Path(value).expanduser().absolute())
     holder: Any = values
     *parents, leaf = dotted.split(".")
     for parent in parents:
         holder = _child(holder, parent, override)
-    if isinstance(holder, list):
-        _child(holder, leaf, override)
-        holder[int(leaf)] = value
-    else:
-        holder[leaf] = value
+    _child(holder, leaf, override)
+    holder[int(leaf) if isinstance(holder, list) else leaf] = value
 
 
 def _child(holder: Any, key: str, override: str) -> Any:
     if isinstance(holder, list):
         if not key.isdigit() or int(key) >= len(holder):
+            allowed = f"0..{len(holder) - 1}" if holder else "nothing, the list is empty"
             raise ConfigError(
-                f"--set {override!r}: {key!r} is not an item of a list of {len(holder)}; use "
-                f"0..{len(holder) - 1}"
+                f"--set {override!r}: {key!r} is not an item of a list of {len(holder)}; allowed: "
+                f"{allowed}"
             )
         return holder[int(key)]
     if not isinstance(holder, dict):
-        raise ConfigError(f"--set {override!r}: there is nothing below {key!r}; check the name")
+        raise ConfigError(
+            f"--set {override!r}: there is nothing below {_short(holder)}, so no {key!r} either; "
+            "check the name with `seekr schema`"
+        )
     if holder.get(key) is None:
         holder[key] = {}
     return holder[key]
@@ -112,8 +156,13 @@ def _validate(values: dict[str, Any], path: Path) -> StreamConfig:
     try:
         return StreamConfig.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(item, values) for item in error.errors()]
+        lines = [_explain(item, values) for item in error.errors() if not _follows(item)]
         raise ConfigError("\n".join([f"stream {path} cannot be run:", *lines])) from error
+
+
+def _follows(item: Any) -> bool:
+    """Whether an error only repeats others: a list with bad items is `too short` as well."""
+    return item["type"] == "too_short" and bool(item["input"])
 
 
 def _explain(item: Any, values: dict[str, Any]) -> str:
@@ -121,16 +170,37 @@ def _explain(item: Any, values: dict[str, Any]) -> str:
     field = ".".join(str(part) for part in where)
     kind, found = item["type"], item.get("input")
     if kind == "extra_forbidden":
-        allowed = sorted(_fields_at(where[:-1], values))
-        near = difflib.get_close_matches(str(where[-1]), allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else "remove it"
-        return f"  {field}: unknown field; {hint} Allowed here: {', '.join(allowed)}"
+        return f"  {field}: unknown field; {_advice(where, values)}"
     if kind == "missing":
         return f"  {field}: missing; add it (see `seekr schema`)"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return f"  {field}.name: found {_short(found)}; allowed: {', '.join(METHODS)}"
-    message = item["msg"].removeprefix("Value error, ")
+        return f"  {field}.name: found {_short(found)}; {_nearest(found, list(METHODS))}"
+    if kind in ("model_type", "model_attributes_type"):
+        names = ", ".join(sorted(_fields_at(where, values)))
+        return f"  {field}: a section with {names} is needed; found {_short(found)}"
+    message = _MESSAGES.get(kind) or item["msg"].removeprefix("Value error, ")
+    if kind == "string_type" and isinstance(found, bool | int | float):
+        message += ", and YAML reads this as something else: put it in quotes"
     return f"  {field}: {message[0].lower() + message[1:]}; found {_short(found)}"
+
+
+def _advice(where: list[Any], values: dict[str, Any]) -> str:
+    """Say what to do about an unknown field: the nearest name, or whose field it is."""
+    name, allowed = str(where[-1]), sorted(_fields_at(where[:-1], values))
+    owners = [key for key, method in METHODS.items() if name in method.model_fields]
+    if where[0] == "method" and owners:
+        return (
+            f"it belongs to method {', '.join(owners)}: remove it. Allowed here: "
+            f"{', '.join(allowed)}"
+        )
+    return _nearest(name, allowed)
+
+
+def _nearest(found: Any, allowed: list[str]) -> str:
+    name = found.get("name") if isinstance(found, dict) else found
+    near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}Allowed here: {', '.join(allowed)}"
 
 
 def _short(value: Any) -> str:
@@ -147,7 +217,8 @@ def _fields_at(where: list[Any], values: dict[str, Any]) -> set[str]:
         if isinstance(part, int):
             continue
         if part == "method":
-            name = values.get("method", {}).get("name")
+            method = values.get("method")
+            name = method.get("name") if isinstance(method, dict) else None
             return set(METHODS[name].model_fields) if name in METHODS else {"name"}
         model = _section_of(model.model_fields[part].annotation)
     return set(model.model_fields)

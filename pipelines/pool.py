@@ -1,22 +1,18 @@
 """Rows through models: what scoring, teaching and evaluation have in common.
 
-Ray Data moves the rows, an actor pool holds the models. An actor opens its models once, on its own
-node, from the store; each row goes through one actor once. A dead actor is replaced by Ray and its
-rows are done again.
+Where a model comes from, what device an actor uses, and how rows are cut so that every actor of a pool
+has work. `hosts` has the actors themselves.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import ray.data
 import torch
-from ray.data import ActorPoolStrategy, Dataset
-from ray.util.annotations import RayDeprecationWarning
+from ray.data import Dataset
 from transformers import PreTrainedModel
 
 from pipelines.artifact import Artifact
@@ -25,8 +21,6 @@ from pipelines.workspace import Workspace
 from seekr.models import AttentionName, load_model
 
 MODEL_FOLDER = "model"
-# Deaths of one actor that a stage survives.
-_MAX_RESTARTS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,22 +71,3 @@ def rows_in_blocks(table: pa.Table, pool: PoolConfig) -> Dataset:
     size = -(-table.num_rows // blocks)
     pieces = [table.slice(start, size) for start in range(0, table.num_rows, size)]
     return ray.data.from_arrow(pieces)
-
-
-def map_on_pool(rows: Dataset, actor: Any, arguments: dict[str, Any], pool: PoolConfig) -> Dataset:
-    """Send batches of rows (Arrow tables) through a pool of actors."""
-    with warnings.catch_warnings():
-        # Ray's own default is to restart for ever, also what can never start. The arguments have no
-        # other name in this version of Ray, which warns of them all the same.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        return rows.map_batches(
-            actor,
-            fn_constructor_kwargs=arguments | {"pool": pool},
-            compute=ActorPoolStrategy(size=pool.actors),
-            batch_size=pool.batch_size,
-            batch_format="pyarrow",
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus or None,
-            max_restarts=_MAX_RESTARTS,
-            max_task_retries=_MAX_RESTARTS,
-        )

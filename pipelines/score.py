@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.config import PoolConfig, StreamConfig
+from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
-from pipelines.pool import ModelSource, map_on_pool, prepare_device, rows_in_blocks
+from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
 from pipelines.rowsets import REPLAY, load_rows_table, rows_of, write_rows
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
@@ -39,8 +40,8 @@ def score(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
         "settings": dict(workspace.config),
         "report": report,
     }
-    scores = map_on_pool(rows_in_blocks(table, config.score), _Scorer, arguments, config.score)
-    write_rows(scores, workspace, SCORES)
+    with model_pool(_Scorer, arguments, workspace.key, config.score, config) as through:
+        write_rows(through(rows_in_blocks(table, config.score)), workspace, SCORES)
     return StageOutcome(rows=table.num_rows, seeds={"query_positions": workspace.config["seed"]})
 
 

@@ -18,6 +18,7 @@ import ray
 import ray.data
 
 from pipelines.config import StreamConfig
+from pipelines.hosts import forget_hosts
 from seekr.errors import ConfigError
 
 # Ray Train's default of 2 s is added to every short stage; polling is cheap.
@@ -50,14 +51,15 @@ def ray_session(configs: Sequence[StreamConfig]) -> Iterator[None]:
         yield
     finally:
         if mine:
+            forget_hosts()
             ray.shutdown()
 
 
 def required_cpus(config: StreamConfig) -> float:
-    """Return the logical CPUs that let a training and a pool of actors run side by side."""
+    """Return the logical CPUs that let a training run beside the actors of all pools."""
     pools = (config.score, config.teach, config.evaluate)
     training = config.train.workers * config.train.cpus_per_worker
-    return training + max(pool.actors * pool.cpus for pool in pools) + _TASK_CPUS
+    return training + sum(pool.actors * pool.cpus for pool in pools) + _TASK_CPUS
 
 
 def _connect(configs: Sequence[StreamConfig]) -> None:

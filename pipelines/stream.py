@@ -50,6 +50,11 @@ class Stream:
         return f"streams/{self.config.name}/last_run.json"
 
     @property
+    def last_model(self) -> str:
+        """The task of the last training: what `export` and `lineage` mean by the model."""
+        return [stage.task for stage in self.stages if stage.name == "train"][-1]
+
+    @property
     def report_path(self) -> str:
         """Path of the stream's newest report, relative to the store's root."""
         return f"streams/{self.config.name}/report.html"
@@ -65,11 +70,25 @@ def open_stream(path: Path, overrides: Sequence[str] = (), *, writable: bool = F
     config = load_config(path, overrides)
     facts = survey(config)
     stages = build_graph(config, facts)
+    store = open_storage(config, writable=writable)
+    return Stream(path=path, config=config, facts=facts, stages=stages, store=store)
+
+
+def open_storage(config: StreamConfig, *, writable: bool) -> Store:
+    """Open the stream's store.
+
+    Raises:
+        ConfigError: it cannot be opened, or not be written if `writable`.
+    """
     try:
         store = Store.open(config.storage, writable=writable)
     except StoreError as error:
         raise ConfigError(f"storage: {error}") from error
-    return Stream(path=path, config=config, facts=facts, stages=stages, store=store)
+    if store.is_local and Path(store.location.root).is_file():
+        raise ConfigError(
+            f"storage: {store.location.shown} is a file; a folder or a URI is needed: choose another"
+        )
+    return store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +131,21 @@ def view_of(stream: Stream) -> StreamView:
     return StreamView.of_config(stream.config, results)
 
 
+def finished_view(stream: Stream) -> StreamView:
+    """Return `view_of` a stream of which something is finished.
+
+    Raises:
+        ConfigError: nothing is.
+    """
+    view = view_of(stream)
+    if not view.stages:
+        raise ConfigError(
+            f"stream {stream.path}: no stage is finished with these settings, so there is nothing "
+            f"to show; run it first: seekr run {stream.path}"
+        )
+    return view
+
+
 def run_streams(
     streams: Sequence[Stream], watch: Watch, *, warn: Callable[[str], None]
 ) -> list[StreamView]:
@@ -126,11 +160,11 @@ def run_streams(
         warn: told, once per stream, if MLflow cannot be written.
 
     Raises:
-        ConfigError: the streams have different storages.
+        ConfigError: the streams have different storages, or one name.
         Whatever the first failing stage raised, after the others ended.
     """
     first = streams[0]
-    _check_one_storage(streams)
+    _check_together(streams)
     runs = [_Run(stream, warn) for stream in streams]
     jobs = [Job(stage=stage, config=s.config) for s in streams for stage in s.stages]
     provenance = Provenance.capture(first.path.parent.absolute())
@@ -188,12 +222,19 @@ class _Run:
         self._tracker.close()
 
 
-def _check_one_storage(streams: Sequence[Stream]) -> None:
+def _check_together(streams: Sequence[Stream]) -> None:
     places = sorted({stream.store.location.shown for stream in streams})
     if len(places) > 1:
         raise ConfigError(
             f"the streams have different storages: {', '.join(places)}; streams that run together "
             "share one: set storage to the same place"
+        )
+    names = [stream.config.name for stream in streams]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"several streams have the name {', '.join(twice)}; streams that run together keep "
+            "their results and reports by name: give each its own"
         )
 
 

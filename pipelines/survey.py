@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pipelines.config import DataConfig, StreamConfig, TaskConfig
 from pipelines.fingerprint import canonical_json, file_digest, fingerprint, folder_digest
 from pipelines.inspection import SourceReport, inspect, require_good
-from pipelines.rows import Columns
+from pipelines.model_folder import read_model_config, read_tokenizer
+from pipelines.readers import read_source
+from pipelines.rows import Columns, SourceRow
 from pipelines.sources import Layout
 from pipelines.transfer import cache_folder
 from seekr.attention import check_probeable
 from seekr.errors import ConfigError, DataError, SeekrError
 from seekr.methods.seekr import SEEKR
-from seekr.models import ModelShape, load_tokenizer, model_shape
+from seekr.models import ModelShape, model_shape
 from seekr.prompts import DEFAULT_TEMPLATES, Template, check_limits, check_vocabulary
 from seekr.sampling import replay_size
 
@@ -32,7 +34,6 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
 )
-_WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,20 +63,27 @@ def survey(config: StreamConfig) -> Facts:
         ConfigError, DataError: with all problems found, one after the other.
     """
     folder = Path(config.model.path)
-    model = _model_config(folder, config.model.trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
-    check_vocabulary(tokenizer, model)
-    shape = model_shape(model)
+    trust = config.model.trust_remote_code
     problems = _Problems()
-    problems.collect(lambda: _check_method(config, model, shape))
+    model = problems.collect(lambda: read_model_config(folder, trust))
+    tokenizer = model and problems.collect(lambda: read_tokenizer(folder, trust))
+    if model and tokenizer:
+        problems.collect(lambda: check_vocabulary(tokenizer, model))
+    shape = model and problems.collect(lambda: model_shape(model))
+    if model and shape:
+        problems.collect(lambda: _check_method(config, model, shape))
     facts: dict[str, TaskFacts] = {}
     for task in config.tasks:
-        options = config.options(task)
-        problems.collect(lambda t=task, o=options: _check_length(t, o, model))
-        found = problems.collect(lambda t=task, o=options: _task_facts(config, t, o, tokenizer))
+        look = _TaskLook(config, task, problems)
+        if model:
+            problems.collect(lambda look=look: look.check_length(model))
+        found = look.facts()
         if found is not None:
             facts[task.name] = found
+        if found is not None and tokenizer:
+            problems.collect(lambda look=look, found=found: look.check_template(found, tokenizer))
     problems.raise_any()
+    assert shape is not None
     cache = cache_folder() / "digests.json"
     return Facts(
         model_digest=folder_digest(folder, cache),
@@ -105,26 +113,6 @@ class _Problems:
         raise kind("\n".join(str(error) for error in self._found))
 
 
-def _model_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    if not (folder / "config.json").is_file():
-        found = "is not a folder" if not folder.is_dir() else "has no config.json"
-        raise ConfigError(
-            f"model.path {folder} {found}; a local folder in the Hugging Face layout is needed: "
-            "correct the path or download the model first"
-        )
-    if not any(file.name.endswith(_WEIGHT_SUFFIXES) for file in folder.iterdir()):
-        raise ConfigError(
-            f"model.path {folder} has no *.safetensors weights; pickled weights are never loaded: "
-            "convert the model to safetensors"
-        )
-    try:
-        return AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"model.path {folder}: config.json cannot be used: {error}") from error
-
-
 def _check_method(config: StreamConfig, model: PretrainedConfig, shape: ModelShape) -> None:
     method = config.method
     if not isinstance(method, SEEKR):
@@ -143,39 +131,71 @@ def _check_method(config: StreamConfig, model: PretrainedConfig, shape: ModelSha
         )
 
 
-def _check_length(task: TaskConfig, options: DataConfig, model: PretrainedConfig) -> None:
-    positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and options.max_length > positions:
-        raise ConfigError(
-            f"task {task.name}: max_length is {options.max_length} and the model has {positions} "
-            "positions; lower data.max_length or the task's own"
+class _TaskLook:
+    """One task's sources and options, looked at."""
+
+    def __init__(self, config: StreamConfig, task: TaskConfig, problems: _Problems) -> None:
+        self._config, self._task, self._problems = config, task, problems
+        self._options = config.options(task)
+        self._columns = Columns(**self._options.columns.model_dump())
+
+    def check_length(self, model: PretrainedConfig) -> None:
+        positions = getattr(model.get_text_config(), "max_position_embeddings", None)
+        if isinstance(positions, int) and self._options.max_length > positions:
+            raise ConfigError(
+                f"task {self._task.name}: max_length is {self._options.max_length} and the model "
+                f"has {positions} positions; lower data.max_length or the task's own"
+            )
+
+    def facts(self) -> TaskFacts | None:
+        """Return what the sources hold, None if one of them cannot be used."""
+        train, test = (
+            self._problems.collect(lambda part=part: self._report(part))
+            for part in ("train", "test")
         )
+        if train is None or test is None:
+            return None
+        num_train = min(train.num_rows, self._options.train_rows or train.num_rows)
+        if self._config.method.needs.replay:
+            self._problems.collect(lambda: self._check_replay(num_train))
+        template = _template(self._options, train)
+        return TaskFacts(train=train, test=test, template=template, num_train=num_train)
 
-
-def _task_facts(
-    config: StreamConfig, task: TaskConfig, options: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> TaskFacts:
-    columns = Columns(**options.columns.model_dump())
-    cache = cache_folder() / "sources"
-    reports: dict[str, SourceReport] = {}
-    for part, source in (("train", task.train), ("test", task.test)):
+    def check_template(self, facts: TaskFacts, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check that the template can be filled and leaves room for the input."""
+        options = self._options
         try:
-            reports[part] = inspect(source, columns, cache_dir=cache)
+            template = Template.parse(facts.template)
+            check_limits(template, tokenizer, options.max_length, options.max_answer_length)
+        except ConfigError as error:
+            raise ConfigError(f"task {self._task.name}: {error}") from error
+        for part in ("train", "test") if template.wants_definition else ():
+            rows = read_source(getattr(self._task, part), self._columns)
+            first = next(row for row in rows if isinstance(row, SourceRow))
+            if first.definition is None:
+                raise DataError(
+                    f"tasks.{self._task.name}.{part}: {first.file}:{first.line} has no definition "
+                    "and the template asks for one with {definition}; set columns.definition to "
+                    "the column that holds it, or remove {definition} from the template"
+                )
+
+    def _report(self, part: str) -> SourceReport:
+        what = f"tasks.{self._task.name}.{part}"
+        try:
+            report = inspect(
+                getattr(self._task, part), self._columns, cache_dir=cache_folder() / "sources"
+            )
         except DataError as error:
-            raise DataError(f"tasks.{task.name}.{part}: {error}") from error
-        require_good(reports[part], options.max_bad_share, f"tasks.{task.name}.{part}")
-    template = _template(options, reports["train"])
-    num_train = min(reports["train"].num_rows, options.train_rows or reports["train"].num_rows)
-    try:
-        lengths = (options.max_length, options.max_answer_length)
-        check_limits(Template.parse(template), tokenizer, *lengths)
-        if config.method.needs.replay:
-            replay_size(num_train, config.replay.ratio, config.replay.rows)
-    except ConfigError as error:
-        raise ConfigError(f"task {task.name}: {error}") from error
-    return TaskFacts(
-        train=reports["train"], test=reports["test"], template=template, num_train=num_train
-    )
+            raise DataError(f"{what}: {error}") from error
+        require_good(report, self._options.max_bad_share, what)
+        return report
+
+    def _check_replay(self, num_train: int) -> None:
+        replay = self._config.replay
+        try:
+            replay_size(num_train, replay.ratio, replay.rows)
+        except ConfigError as error:
+            raise ConfigError(f"task {self._task.name}: {error}") from error
 
 
 def _template(options: DataConfig, report: SourceReport) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.config import PoolConfig, StreamConfig
+from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
-from pipelines.pool import ModelSource, map_on_pool, prepare_device, rows_in_blocks
+from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
 from pipelines.rowsets import REPLAY, load_rows_table, rows_of, write_rows
 from pipelines.select import read_selection
 from pipelines.stage import StageOutcome
@@ -36,8 +37,8 @@ def teach(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
         "settings": dict(workspace.config),
         "report": report,
     }
-    targets = map_on_pool(rows_in_blocks(table, config.teach), _Teacher, arguments, config.teach)
-    write_rows(targets, workspace, TARGETS)
+    with model_pool(_Teacher, arguments, workspace.key, config.teach, config) as through:
+        write_rows(through(rows_in_blocks(table, config.teach)), workspace, TARGETS)
     return StageOutcome(
         rows=table.num_rows, stats={}, seeds={"query_positions": workspace.config["seed"]}
     )

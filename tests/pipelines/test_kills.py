@@ -138,7 +138,7 @@ def test_killed_training_workers_and_scoring_actors_are_replaced_with_the_same_b
     storage = stream_path.parent / "workers"
     draw = random.Random(11)
     run = Run.start(stream_path, storage)
-    wanted = {"ray::RayTrainWorker": WORKER_KILLS, "MapWorker(MapBatches(_Scorer": SCORER_KILLS}
+    wanted = {"ray::RayTrainWorker": WORKER_KILLS, "ray::ScorerHost": SCORER_KILLS}
     killed = dict.fromkeys(wanted, 0)
     while run.running() and killed != wanted:
         titles = [title for title, count in wanted.items() if killed[title] < count]
@@ -156,7 +156,7 @@ def test_killed_training_workers_and_scoring_actors_are_replaced_with_the_same_b
     assert run.wait() == 0, (storage.parent / "workers.log").read_text()[-3000:]
     assert digests(storage) == digests(undisturbed)
     assert killed["ray::RayTrainWorker"] == WORKER_KILLS
-    assert killed["MapWorker(MapBatches(_Scorer"] >= 1
+    assert killed["ray::ScorerHost"] >= 1
 
 
 def test_two_runs_at_once_compute_nothing_twice(stream_path: Path, undisturbed: Path) -> None:

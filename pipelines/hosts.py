@@ -1,0 +1,107 @@
+"""Actors that hold models, and the way rows of Ray Data reach them.
+
+A host opens what a stage needs (a scorer with two models, a generator with one) when its first batch
+arrives, on its own node, from the store. Ray Data's tasks carry the rows to the hosts of a pool; a host
+that dies is started again by Ray and its batch is done again. On a local cluster without GPUs hosts stay
+for the next stage of the same kind, which saves each stage the seconds that a fresh process needs to
+import torch and transformers. Elsewhere they end with the stage, so training finds the devices free.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import Dataset
+
+from pipelines.config import PoolConfig, StreamConfig
+
+# Deaths of one host that a stage survives.
+_MAX_RESTARTS = 8
+# Stages whose models a host keeps open: two run side by side.
+_MAX_OPEN = 2
+_kept: dict[str, Any] = {}
+
+Through = Callable[[Dataset], Dataset]
+
+
+class ModelHost:
+    """The actor: opens processors by stage and sends tables through them."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, Any] = OrderedDict()
+
+    def run(self, stage: str, processor: list[Any], table: pa.Table) -> pa.Table:
+        """Send one batch through a stage's processor.
+
+        Args:
+            stage: its key, by which the open processor is found again.
+            processor: a reference, in a list so that Ray leaves it alone, to (class, arguments).
+        """
+        if stage not in self._open:
+            kind, arguments = ray.get(processor[0])
+            while len(self._open) >= _MAX_OPEN:
+                self._open.popitem(last=False)
+            self._open[stage] = kind(**arguments)
+        self._open.move_to_end(stage)
+        return self._open[stage](table)
+
+
+@contextmanager
+def model_pool(
+    kind: type[Any], arguments: dict[str, Any], stage: str, pool: PoolConfig, config: StreamConfig
+) -> Iterator[Through]:
+    """Provide a pool of hosts; yields the function that sends a dataset's batches through it.
+
+    Args:
+        kind: Class of the processor: made with `arguments` and `pool`, called with Arrow tables.
+        stage: The stage's key.
+        pool: How many hosts, on what, and the rows of a batch.
+    """
+    stays = config.ray.address is None and not pool.gpus
+    names = [_name(kind, stage, pool, index, stays) for index in range(pool.actors)]
+    hosts = [_host(name, kind, pool) for name in names]
+    processor = [ray.put((kind, arguments | {"pool": pool}))]
+
+    def send(table: pa.Table) -> pa.Table:
+        return ray.get(random.choice(hosts).run.remote(stage, processor, table))
+
+    def through(rows: Dataset) -> Dataset:
+        return rows.map_batches(send, batch_size=pool.batch_size, batch_format="pyarrow")
+
+    try:
+        yield through
+    finally:
+        for name, host in zip(names, hosts, strict=True):
+            if stays:
+                _kept[name] = host
+            else:
+                ray.kill(host)
+
+
+def forget_hosts() -> None:
+    """Let go of the hosts that stayed; called when their cluster ends."""
+    _kept.clear()
+
+
+def _name(kind: type[Any], stage: str, pool: PoolConfig, index: int, stays: bool) -> str:
+    owner = "any" if stays else stage
+    return f"seekr/{kind.__name__}/{owner}/{pool.cpus:g}/{pool.gpus:g}/{index}"
+
+
+def _host(name: str, kind: type[Any], pool: PoolConfig) -> Any:
+    titled = type(f"{kind.__name__.strip('_')}Host", (ModelHost,), {})  # shows in `ps`
+    options: dict[str, Any] = {
+        "name": name,
+        "get_if_exists": True,
+        "num_cpus": pool.cpus,
+        "num_gpus": pool.gpus,
+        "max_restarts": _MAX_RESTARTS,
+        "max_task_retries": _MAX_RESTARTS,
+    }
+    return ray.remote(titled).options(**options).remote()

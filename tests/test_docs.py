@@ -1,0 +1,187 @@
+"""What the documents say, held against the code: files, commands, fields, and which fields bear identity.
+
+The graph is the judge of identity: a field of the YAML is changed in a real small stream, and the
+stages' fingerprints either move or do not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.cli import app
+from pipelines.config import StreamConfig
+from pipelines.stream import open_stream
+from seekr.methods import METHODS
+from seekr.methods.seekr import SEEKR
+from tests.pipelines.streams import make_stream
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("seekr", "pipelines", "tune", "cluster")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SETTINGS = runpy.run_path(str(ROOT / "docs" / "write_configuration.py"))
+FIELDS = [
+    pytest.param(heading, row, id=f"{heading}/{row.name}")
+    for heading, model in SETTINGS["SECTIONS"]
+    for row in SETTINGS["rows_of"](model)
+]
+# Another value of the fields that hold text or nothing; {folder} is a copy of the stream's data.
+OTHERS = {
+    "stream/name": "other",
+    "stream/data_root": "{folder}",
+    "stream/storage": "{folder}/elsewhere",
+    "model/path": "{folder}/model",
+    "data/template": "'{input} ?'",
+    "data.columns/input": "input",
+    "data.columns/output": "output",
+    "data.columns/definition": "input",
+    "tasks[]/name": "other",
+    "tasks[]/train": "{folder}/data/upper/train.jsonl",
+    "tasks[]/test": "{folder}/data/upper/test.jsonl",
+    "tasks[]/columns": {"input": "input"},
+    "tasks[]/template": "'{input} ?'",
+    "tasks[]/truncate": "head",
+    "tasks[]/metric": "accuracy",
+    "tracking/uri": "sqlite:///other.db",
+    "ray/address": "auto",
+}
+
+
+def files_in_tree() -> Iterator[tuple[str, str]]:
+    """Path and text of every line of README's tree; folders end in a slash."""
+    block = README.partition("## Files")[2].split("```")[1]
+    folders: list[str] = []
+    for line in block.strip().splitlines()[1:]:
+        found = re.fullmatch(r"((?:│   |    )*)[├└]── (\S+)(?: +(.*))?", line)
+        assert found, line
+        indent, name, text = found.groups()
+        folders = folders[: len(indent) // 4]
+        yield "".join(folders) + name, text or ""
+        if name.endswith("/"):
+            folders.append(name)
+
+
+def yaml_blocks() -> list[dict[str, Any]]:
+    return [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)]
+
+
+def changes(heading: str, row: Any, config: StreamConfig, folder: Path) -> list[str]:
+    """Overrides that give one field another valid value."""
+    if heading.startswith("method") and row.name == "name":
+        return [f"method={{name: {'replay' if config.method.name == 'seqft' else 'seqft'}}}"]
+    section = {"stream": "", "tasks[]": "tasks.0."}.get(heading, f"{heading.partition(':')[0]}.")
+    value: Any = config
+    for part in f"{section}{row.name}".split("."):
+        value = value[int(part)] if part.isdigit() else getattr(value, part)
+    other = OTHERS.get(f"{heading}/{row.name}", another(value, row.allowed))
+    text = other.replace("{folder}", str(folder)) if isinstance(other, str) else json.dumps(other)
+    override = f"{section}{row.name}={text}"
+    return ["replay.ratio=null", override] if override.startswith("replay.rows") else [override]
+
+
+def another(value: Any, allowed: str) -> Any:
+    """Another value than this of a choice, a switch or a number; 9 or 0.25 in place of null."""
+    if isinstance(value, bool):
+        return not value
+    if choices := re.findall(r"`(\w+)`", allowed):
+        return next(choice for choice in choices if choice != value)
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float) and value:
+        return value / 2
+    return 9 if allowed.startswith("integer") else 0.25
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Path]:
+    """One stream per method, and a copy of their model and data in another folder."""
+    folder = tmp_path_factory.mktemp("streams")
+    small = {"layer_budget": 1, "head_budget": 2, "query_budget": 8}
+    found = {
+        name: make_stream(folder / name, method={"name": name} | (small if name == "seekr" else {}))
+        for name in METHODS
+    }
+    return found, make_stream(folder / "copy").parent
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == SETTINGS["render"](), "run: python docs/write_configuration.py"
+
+
+def test_the_configuration_page_has_a_table_for_every_section() -> None:
+    sections = {model.__name__ for _, model in SETTINGS["SECTIONS"]}
+    defined = set(StreamConfig.model_json_schema()["$defs"]) | {"StreamConfig"}
+    assert sections == defined
+
+
+@pytest.mark.parametrize(("heading", "row"), FIELDS)
+def test_a_field_bears_what_the_page_says(
+    heading: str, row: Any, streams: tuple[dict[str, Path], Path]
+) -> None:
+    by_method, folder = streams
+    method = heading.partition("{name: ")[2].rstrip("}")
+    before = open_stream(by_method[method or "seekr"])
+    after = open_stream(before.path, changes(heading, row, before.config, folder))
+    moved = {stage.fingerprint for stage in before.stages} != {s.fingerprint for s in after.stages}
+    assert before.config != after.config
+    assert moved == (row.kind == "identity")
+
+
+def test_every_file_in_the_tree_of_the_readme_exists_and_is_described() -> None:
+    for path, text in files_in_tree():
+        assert text, f"{path} has no description"
+        found = ROOT / path
+        assert found.is_dir() if path.endswith("/") else found.is_file(), f"{path} does not exist"
+
+
+def test_every_module_is_in_the_tree_of_the_readme() -> None:
+    listed = {path for path, _ in files_in_tree()}
+    folders = (*PACKAGES, "docs", "examples", "benchmarks")
+    modules = {str(p.relative_to(ROOT)) for name in folders for p in (ROOT / name).rglob("*.py")}
+    assert modules - listed == set()
+
+
+def test_the_readme_names_every_command_and_no_other() -> None:
+    commands = {
+        command.callback.__name__ for command in app.registered_commands if command.callback
+    }
+    rows = set(re.findall(r"^\| `(\w+)` \|[^|]*\| `seekr ", README, re.MULTILINE))
+    assert rows == commands
+    named = {word for text in DOCUMENTS for word in re.findall(r"`seekr (\w+)", text.read_text())}
+    assert named <= commands
+
+
+def test_the_streams_in_the_readme_are_valid() -> None:
+    blocks = yaml_blocks()
+    assert StreamConfig.model_validate(blocks[0]).method == SEEKR()
+    official = SEEKR.model_validate(blocks[1]["method"])
+    stated = set(
+        re.findall(r"^\| `(\w+)` \|.*\| .*\| .*\|$", README.partition("the paper |")[2], re.M)
+    )
+    assert set(blocks[1]["method"]) - {"name"} == stated
+    assert official.model_fields_set - {"name"} == stated
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_make_targets_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        word
+        for text in DOCUMENTS
+        for word in re.findall(r"(?:`|    )make ([\w-]+)", text.read_text())
+    }
+    assert named <= targets
