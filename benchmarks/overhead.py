@@ -60,7 +60,9 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
     with ray_session([first.config]):
         _warm_up(folder)
         for index in range(rounds):
-            stream = open_stream(STREAM, [*changes, f"storage={folder / str(index)}"], writable=True)
+            stream = open_stream(
+                STREAM, [*changes, f"storage={folder / str(index)}"], writable=True
+            )
             started = time.monotonic()
             view = run_streams([stream], lambda *_: None, warn=print)[0]
             sides["pipeline"].append(time.monotonic() - started)

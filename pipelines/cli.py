@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -48,10 +47,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program t
 @app.command()
 def run(
     stream: Annotated[
-        list[Path], typer.Argument(metavar="STREAM...", help="YAML files of streams.")
+        list[Path], typer.Argument(metavar="STREAM", help="YAML files of streams on one storage.")
     ],
     set_: Overrides = None,
-    report: Annotated[Path | None, typer.Option(help="Write the HTML report here, too.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the report here.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of a stream, or of several side by side, and show what came out.
@@ -64,13 +65,14 @@ def run(
     Example: seekr run stream.yaml --set method.attention_weight=100
     """
     from pipelines import stream as streams
+    from pipelines.export import check_target
     from pipelines.report import write_report
     from pipelines.tables import comparison_table, matrix_table, summary
     from pipelines.watching import Watcher
 
     opened = [streams.open_stream(path, set_ or (), writable=True) for path in stream]
     if report is not None:
-        _check_target(report, "--report")
+        check_target(report, "--report")
     distinct = {stage.fingerprint for item in opened for stage in item.stages}
     with Watcher(console=err if as_json else out, num_stages=len(distinct)) as watcher:
         views = streams.run_streams(opened, watcher, warn=_warn)
@@ -79,7 +81,7 @@ def run(
         where = str(write_report(views, report))
     if as_json:
         found = [
-            summary(view) | {"stages": _statuses(streams.status_of(item))}
+            summary(view) | {"stages": list(map(asdict, streams.status_of(item)))}
             for view, item in zip(views, opened, strict=True)
         ]
         _print_json(found[0] if len(found) == 1 else {"streams": found})
@@ -102,7 +104,8 @@ def plan(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) ->
 
     opened = streams.open_stream(stream, set_ or ())
     statuses = streams.status_of(opened)
-    _print_json({"stages": _statuses(statuses)}) if as_json else out.print(plan_table(statuses))
+    found = {"stages": list(map(asdict, statuses))}
+    _print_json(found) if as_json else out.print(plan_table(statuses))
 
 
 @app.command()
@@ -110,23 +113,23 @@ def status(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) 
     """Show where every stage stands: ran, reused, running, failed or missing.
 
     `ran` was computed by the last run, `reused` was in the store before it.
+
+    Example: seekr status stream.yaml
     """
     from pipelines import stream as streams
     from pipelines.tables import status_table
 
     opened = streams.open_stream(stream, set_ or ())
     statuses = streams.status_of(opened)
-    if as_json:
-        _print_json({"stream": opened.config.name, "stages": _statuses(statuses)})
-    else:
-        out.print(status_table(statuses))
+    found = {"stream": opened.config.name, "stages": list(map(asdict, statuses))}
+    _print_json(found) if as_json else out.print(status_table(statuses))
 
 
 @app.command()
 def explain(
     stream: StreamPath,
     stage: Annotated[
-        str | None, typer.Argument(metavar="[STAGE]", help="Such as train/news or train.")
+        str | None, typer.Argument(metavar="STAGE", help="Such as train/news or train.")
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
@@ -146,18 +149,17 @@ def explain(
             f"{', '.join(str(s) for s in opened.stages)}"
         )
     found = explain_stages(opened.store, chosen)
-    if as_json:
-        _print_json({"stages": {str(item.stage): str(item) for item in found}})
-    else:
-        _say("\n".join(map(str, found)))
+    texts = {str(item.stage): str(item) for item in found}
+    _print_json({"stages": texts}) if as_json else _say("\n".join(texts.values()))
 
 
 @app.command()
 def report(
     stream: StreamPath,
-    to: Annotated[Path, typer.Option("--out", help="HTML file to write.")] = Path("report.html"),
+    to: Annotated[Path, typer.Option("--out", metavar="FILE")] = Path("report.html"),
     compare: Annotated[
-        list[Path] | None, typer.Option(help="Another stream to put beside it. Repeatable.")
+        list[Path] | None,
+        typer.Option(metavar="STREAM", help="Another one to compare it with. May be repeated."),
     ] = None,
     set_: Overrides = None,
 ) -> None:
@@ -166,11 +168,12 @@ def report(
     Example: seekr report seekr.yaml --compare replay.yaml --out report.html
     """
     from pipelines import stream as streams
+    from pipelines.export import check_target
     from pipelines.report import write_report
 
     opened = [streams.open_stream(stream, set_ or ()), *map(streams.open_stream, compare or ())]
     views = [streams.finished_view(item) for item in opened]
-    _check_target(to, "--out")
+    check_target(to, "--out")
     _say(f"report: {write_report(views, to)}")
 
 
@@ -179,7 +182,7 @@ def lineage(
     stream: StreamPath,
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A task's name, a fingerprint, or STREAM@VERSION."),
+        typer.Argument(metavar="MODEL", help="A task's name, a fingerprint, or STREAM@VERSION."),
     ] = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Write MLflow's view anew from the records.")
@@ -215,12 +218,14 @@ def lineage(
 def export(
     stream: StreamPath,
     task: Annotated[
-        str | None, typer.Argument(metavar="[TASK]", help="The model after it; default the last.")
+        str | None, typer.Argument(metavar="TASK", help="The model after it; default the last.")
     ] = None,
-    to: Annotated[Path, typer.Option("--out", help="Folder to make.")] = Path("model"),
+    to: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New or empty.")] = Path(
+        "model"
+    ),
     set_: Overrides = None,
 ) -> None:
-    """Copy a task's model out of the store, in the Hugging Face layout, with where it came from.
+    """Copy a task's model out of the store, in the Hugging Face layout, with its lineage.
 
     Example: seekr export stream.yaml news --out ./news-model
     """
@@ -234,17 +239,20 @@ def export(
 @app.command()
 def doctor(
     stream: Annotated[
-        Path | None, typer.Argument(metavar="[STREAM]", help="Also check this stream.")
+        Path | None, typer.Argument(metavar="STREAM", help="Also check this stream.")
     ] = None,
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine, and a stream's model, data, storage and tracking. Computes nothing."""
+    """Check this machine, and a stream's model, data, storage and tracking. Computes nothing.
+
+    Example: seekr doctor stream.yaml
+    """
     from pipelines.doctor import examine
     from pipelines.tables import doctor_table
 
     checks = examine(stream, set_ or ())
-    found = {"checks": [asdict(check) for check in checks]}
+    found = {"checks": list(map(asdict, checks))}
     _print_json(found) if as_json else out.print(doctor_table(checks))
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
@@ -252,7 +260,10 @@ def doctor(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a stream's YAML, for editors and for reading."""
+    """Print the JSON schema of a stream's YAML, for editors and for reading.
+
+    Example: seekr schema > stream.schema.json
+    """
     from pipelines.config import StreamConfig
 
     _print_json(StreamConfig.model_json_schema())
@@ -271,17 +282,6 @@ def main() -> None:
         if ended.code == 130:  # what typer makes of Ctrl-C
             err.print("stopped; run the same command again to go on from here")
         raise
-
-
-def _check_target(file: Path, option: str) -> None:
-    """Refuse, before any work, a file that could not be written after it."""
-    folder = next(place for place in file.absolute().parents if place.exists())
-    if file.is_dir() or not os.access(folder, os.W_OK) or not folder.is_dir():
-        raise ConfigError(f"{option} {file} cannot be written; give the name of a file to write")
-
-
-def _statuses(statuses: Any) -> list[dict[str, Any]]:
-    return [asdict(item) for item in statuses]
 
 
 def _print_json(value: Any) -> None:

@@ -140,7 +140,7 @@ class ReplayConfig(Section):
     def _one_of_two(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("rows") is not None:
             if values.get("ratio") is not None:
-                raise ValueError("ratio and rows are both set; keep one of them")
+                raise ValueError("ratio and rows are both set; keep one, set the other to null")
             return {**values, "ratio": None}
         return values
 

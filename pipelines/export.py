@@ -1,8 +1,10 @@
-"""Taking a model out of the store: a Hugging Face folder, and a note of where it came from."""
+"""Taking things out: a model as a Hugging Face folder with a note of where it came from, and a look
+at where a report shall go."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -49,3 +51,14 @@ def export_model(stream: Stream, task: str | None, folder: Path) -> Path:
     note["weights"] = [asdict(output) for output in record.outputs]
     (folder / ORIGIN).write_text(json.dumps(note, indent=2))
     return folder.absolute()
+
+
+def check_target(file: Path, option: str) -> None:
+    """Refuse, before any work, a file that could not be written after it.
+
+    Raises:
+        ConfigError: it is a folder, or lies where no file can be made.
+    """
+    folder = next(place for place in file.absolute().parents if place.exists())
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{option} {file} cannot be written; give the name of a file to write")

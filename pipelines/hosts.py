@@ -10,6 +10,7 @@ import torch and transformers. Elsewhere they end with the stage, so training fi
 from __future__ import annotations
 
 import random
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,9 @@ from pipelines.config import PoolConfig, StreamConfig
 _MAX_RESTARTS = 8
 # Stages whose models a host keeps open: two run side by side.
 _MAX_OPEN = 2
+# Hosts that stay, by name. An actor ends with the handle it was made with, so that one is kept.
 _kept: dict[str, Any] = {}
+_keeping = threading.Lock()
 
 Through = Callable[[Dataset], Dataset]
 
@@ -64,8 +67,10 @@ def model_pool(
         pool: How many hosts, on what, and the rows of a batch.
     """
     stays = config.ray.address is None and not pool.gpus
-    names = [_name(kind, stage, pool, index, stays) for index in range(pool.actors)]
-    hosts = [_host(name, kind, pool) for name in names]
+    hosts = [
+        _kept_host(kind, pool, index) if stays else _start_host(kind, pool)
+        for index in range(pool.actors)
+    ]
     processor = [ray.put((kind, arguments | {"pool": pool}))]
 
     def send(table: pa.Table) -> pa.Table:
@@ -77,11 +82,8 @@ def model_pool(
     try:
         yield through
     finally:
-        for name, host in zip(names, hosts, strict=True):
-            if stays:
-                _kept[name] = host
-            else:
-                ray.kill(host)
+        for host in hosts if not stays else ():
+            ray.kill(host)
 
 
 def forget_hosts() -> None:
@@ -89,16 +91,17 @@ def forget_hosts() -> None:
     _kept.clear()
 
 
-def _name(kind: type[Any], stage: str, pool: PoolConfig, index: int, stays: bool) -> str:
-    owner = "any" if stays else stage
-    return f"seekr/{kind.__name__}/{owner}/{pool.cpus:g}/{pool.gpus:g}/{index}"
+def _kept_host(kind: type[Any], pool: PoolConfig, index: int) -> Any:
+    name = f"{kind.__name__}/{pool.cpus:g}/{index}"
+    with _keeping:
+        if name not in _kept:
+            _kept[name] = _start_host(kind, pool)
+        return _kept[name]
 
 
-def _host(name: str, kind: type[Any], pool: PoolConfig) -> Any:
+def _start_host(kind: type[Any], pool: PoolConfig) -> Any:
     titled = type(f"{kind.__name__.strip('_')}Host", (ModelHost,), {})  # shows in `ps`
     options: dict[str, Any] = {
-        "name": name,
-        "get_if_exists": True,
         "num_cpus": pool.cpus,
         "num_gpus": pool.gpus,
         "max_restarts": _MAX_RESTARTS,

@@ -81,14 +81,14 @@ def open_storage(config: StreamConfig, *, writable: bool) -> Store:
         ConfigError: it cannot be opened, or not be written if `writable`.
     """
     try:
-        store = Store.open(config.storage, writable=writable)
+        store = Store.open(config.storage, writable=False)
+        if store.is_local and Path(store.location.root).is_file():
+            raise StoreError(
+                f"{store.location.shown} is a file; a folder or a URI is needed: choose another"
+            )
+        return Store.open(config.storage, writable=True) if writable else store
     except StoreError as error:
         raise ConfigError(f"storage: {error}") from error
-    if store.is_local and Path(store.location.root).is_file():
-        raise ConfigError(
-            f"storage: {store.location.shown} is a file; a folder or a URI is needed: choose another"
-        )
-    return store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

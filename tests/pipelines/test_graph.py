@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from pipelines.graph import build_graph
 from pipelines.load import load_config
 from pipelines.stage import Stage
 from pipelines.survey import survey
-from tests.pipelines.streams import RULES, make_stream, write_yaml
+from tests.pipelines.streams import RULES, make_model, make_stream, write_yaml
 
 FIRST, SECOND, THIRD = list(RULES)[:3]
 SEEKR = "method={name: seekr, layer_budget: 1, head_budget: 2}"
@@ -106,14 +108,18 @@ def test_the_place_of_model_and_data_changes_no_fingerprint(
     assert changed(draw(), moved) == set()
 
 
-@pytest.mark.parametrize(("file", "kinds"), [("README.md", {"train", "score"})])
-def test_a_changed_model_reaches_what_starts_from_it(
-    file: str, kinds: set[str], path: Path, draw: Draw, tmp_path: Path
-) -> None:
-    shutil.copytree(path.parent / "model", tmp_path / "model")
-    (tmp_path / "model" / file).write_text("changed")
+def test_another_model_reaches_what_starts_from_it(path: Path, draw: Draw, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", seed=1)
     before, after = draw(), draw(f"model.path={tmp_path / 'model'}")
-    assert touched(before, after) == {f"{kind}/{FIRST}" for kind in kinds}
+    assert touched(before, after) == {f"train/{FIRST}", f"score/{FIRST}"}
+
+
+def test_another_tokenizer_reaches_every_task(path: Path, draw: Draw, tmp_path: Path) -> None:
+    shutil.copytree(path.parent / "model", tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left"}))
+    before, after = draw(), draw(f"model.path={tmp_path / 'model'}")
+    assert names(before, "ingest") <= touched(before, after)
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -141,10 +147,10 @@ IDENTITY: dict[str, set[str]] = {
     "method.layer_budget=2": {"select"},
     "method.head_budget=3": {"select"},
     "method.heads=sensitivity": {"select"},
-    "method.definition=mean_square": {"select"},
+    "method.definition=official": {"select"},
     "method.combine=sum_of_products": {"select"},
     "replay.ratio=0.2": {"sample"},
-    "replay.rows=3": {"sample"},
+    "replay={rows: 3}": {"sample"},
     "replay.batch_ratio=0.5": LATER,
     "train.learning_rate=0.1": {"train"},
     "train.epochs=2": {"train"},
@@ -168,23 +174,11 @@ IDENTITY: dict[str, set[str]] = {
 }
 
 
-def definitions_of(override: str) -> str:
-    """Spell the two settings whose values are named in `seekr.importance` as they are there."""
-    from typing import get_args
-
-    from seekr.importance import Definition, Rule
-
-    for field, values in (("definition", get_args(Definition)), ("combine", get_args(Rule))):
-        if override.startswith(f"method.{field}="):
-            return f"method.{field}={values[1]}"
-    return override
-
-
 @pytest.mark.parametrize("override", IDENTITY)
 def test_a_setting_changes_the_stages_it_bears_on_and_what_depends_on_them(
     override: str, draw: Draw
 ) -> None:
-    before, after = draw(), draw(definitions_of(override))
+    before, after = draw(), draw(override)
     wanted: set[str] = set()
     for item in IDENTITY[override]:
         wanted |= {item} if "/" in item else names(before, item)
@@ -213,7 +207,11 @@ def test_every_method_learns_the_first_task_alike(draw: Draw) -> None:
     graphs = [draw(override) for override in METHODS.values()]
     for name in (f"ingest/{FIRST}", f"train/{FIRST}", f"evaluate/{FIRST}"):
         assert len({graph[name].fingerprint for graph in graphs}) == 1
-    assert len({graph[f"train/{SECOND}"].fingerprint for graph in graphs}) == len(METHODS)
+    second = [graph[f"train/{SECOND}"].fingerprint for graph in graphs]
+    # After one task there is nothing to choose anew: both scopes have the same targets.
+    assert second[-1] == second[-2] and len(set(second)) == len(METHODS) - 1
+    third = [graph[f"train/{THIRD}"].fingerprint for graph in graphs]
+    assert len(set(third)) == len(METHODS)
 
 
 def test_methods_with_replay_share_their_replay_sets(draw: Draw) -> None:
@@ -236,7 +234,7 @@ def test_an_appended_task_keeps_every_stage_there_was(
         )
         for n in (1, 2, 3)
     ]
-    for shorter, longer in zip(graphs, graphs[1:], strict=False):
+    for shorter, longer in pairwise(graphs):
         assert shorter.items() <= longer.items()
         assert len(longer) > len(shorter)
 
