@@ -105,6 +105,7 @@ class Result:
 class _Task:
     """One learnt task: its replay rows, the model that had just learnt it, its head statistics."""
 
+    name: str
     replay: list[TokenizedRow]
     model: PreTrainedModel | None = None
     importance: tuple[HeadArray, HeadArray] | None = None
@@ -128,8 +129,8 @@ def run(method: MethodName, settings: Settings) -> Result:
     for index, name in enumerate(names):
         before = copy.deepcopy(model) if method == "seekr" else None
         with result.timed("train"):
-            _train(method, settings, model, tokenizer, train[name], learnt, targets)
-        learnt.append(_Task(replay=_draw(settings, train[name])))
+            _train(method, settings, model, tokenizer, name, train[name], learnt, targets)
+        learnt.append(_Task(name=name, replay=_draw(settings, train[name])))
         if method in ("derpp", "seekr"):
             learnt[-1].model = copy.deepcopy(model)
         heads = None
@@ -175,6 +176,7 @@ def _train(
     settings: Settings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    name: str,
     rows: Sequence[TokenizedRow],
     learnt: Sequence[_Task],
     targets: dict[str, TeacherTarget],
@@ -182,8 +184,10 @@ def _train(
     """Fine-tune on one task, with replay rows of the earlier ones beside it."""
     replay = [row for task in learnt for row in task.replay] if method != "seqft" else []
     plan = BatchPlan(
-        row_ids=[row.row_id for row in rows],
-        replay_ids=[row.row_id for row in replay],
+        row_ids=[f"{name}/{row.row_id}" for row in rows],
+        replay_ids=[f"{task.name}/{row.row_id}" for task in learnt for row in task.replay]
+        if replay
+        else [],
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         batch_ratio=settings.batch_ratio,

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from seekr.errors import SeekrError
+from seekr.errors import ConfigError, SeekrError
 
 _PACKAGES = ("ray", "torch", "transformers", "mlflow", "pyarrow", "datasets", "deepspeed")
 _OPTIONAL = {"deepspeed"}
@@ -99,7 +99,13 @@ def _stream_checks(path: Path, overrides: Sequence[str]) -> list[Check]:
         uri = tracking_uri(config.tracking.uri, open_storage(config, writable=False))
         if uri is None:
             return "off"
-        return f"{redact(uri)} {_answers(uri)}"
+        try:
+            return f"{redact(uri)} {_answers(uri)}"
+        except OSError as error:
+            raise ConfigError(
+                f"tracking.uri {redact(uri)} does not answer: {error}; start the server, correct "
+                "the address, or set it to off"
+            ) from error
 
     return [
         _try("model and data", look),

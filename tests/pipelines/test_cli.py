@@ -87,7 +87,6 @@ def test_help_of_a_command_has_an_example_and_explains_every_option(
         (["plan"], "Missing argument 'STREAM'"),
         (["plan", "stream.yaml", "--jsn"], "--json"),
         (["plan", "stream.yaml", "another.yaml"], "unexpected extra argument"),
-        (["export", "stream.yaml", "--out"], "requires an argument"),
     ],
 )
 def test_wrong_usage_ends_with_2_and_points_to_the_help(
