@@ -79,8 +79,11 @@ class Columns(Section):
     """Names of the source's columns; null finds the usual ones."""
 
     input: str | None = None
+    """What the model is asked: input or prompt."""
     output: str | None = None
+    """The answer, or a list of accepted ones: output or answer."""
     definition: str | None = None
+    """The task in words, where the template wants it."""
 
 
 class TaskOptions(Section):
@@ -88,6 +91,7 @@ class TaskOptions(Section):
     for one of them in `tasks`."""
 
     columns: Columns | None = None
+    """Which columns of the files hold what."""
     template: str | None = None
     """Prompt with {input} and perhaps {definition}; null takes what belongs to the file's layout."""
     max_length: int | None = Field(default=None, ge=4)
@@ -97,19 +101,26 @@ class TaskOptions(Section):
     truncate: Literal["head", "tail"] | None = None
     """The end of a long input that is cut off."""
     metric: Metric | None = None
+    """What a prediction is scored by, over all references of its row."""
     train_rows: int | None = Field(default=None, ge=1)
     """Keep this many training rows, drawn by hash; null keeps all."""
     test_rows: int | None = Field(default=None, ge=1)
+    """The same for test rows."""
 
 
 class DataConfig(TaskOptions):
     """Defaults for every task."""
 
     columns: Columns = Columns()  # type: ignore[assignment]
+    """Which columns of the files hold what."""
     max_length: int = Field(default=1024, ge=4)  # type: ignore[assignment]
+    """Tokens of prompt and answer together; a longer input is cut, never the template."""
     max_answer_length: int = Field(default=256, ge=2)  # type: ignore[assignment]
+    """Tokens reserved for the answer with its EOS; also the most that evaluation generates."""
     truncate: Literal["head", "tail"] = "tail"  # type: ignore[assignment]
+    """The end of a long input that is cut off."""
     metric: Metric = "rouge_l"  # type: ignore[assignment]
+    """What a prediction is scored by, over all references of its row."""
     max_bad_share: float = execution(0.0, ge=0, lt=1)
     """Share of malformed rows that is quarantined instead of stopping the run."""
 
@@ -118,9 +129,11 @@ class TaskConfig(TaskOptions):
     """One task of the stream, in learning order."""
 
     name: Name
+    """Names its stages and its column of the matrix; a folder name."""
     train: str = execution(..., min_length=1)
     """File, folder, glob or URI of training rows; relative paths start at data_root."""
     test: str = execution(..., min_length=1)
+    """The same for the rows it is tested on."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the rows; train.epochs unless given."""
 
@@ -155,22 +168,33 @@ class TrainConfig(Section):
     """Training of one task. The loss is normalised over the global batch."""
 
     epochs: int = Field(default=1, ge=1)
+    """Passes over a task's rows."""
     batch_size: int = Field(default=32, ge=1)
     """New rows per optimizer step over all workers; replayed rows come on top."""
     learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate after warm-up; linear and cosine end at 0."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps in which the rate rises linearly."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled, as AdamW has it."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """The whole gradient is clipped to this norm."""
     micro_batch_size: int = execution(8, ge=1)
     """Rows per forward pass of a worker. Does not change the result."""
     workers: int = execution(1, ge=1)
+    """Training processes."""
     strategy: Literal["ddp", "fsdp"] = execution("ddp")
     """`fsdp` is FSDP2 (fully_shard)."""
     cpus_per_worker: int = execution(1, ge=1)
+    """Cores, and torch threads, of each."""
     gpus_per_worker: float = execution(0, ge=0)
+    """Devices of each; 0 trains on the CPU with gloo."""
     checkpoint_every: int = execution(200, ge=1)
     """Optimizer steps between checkpoints."""
     max_failures: int = execution(3, ge=0)
@@ -181,10 +205,13 @@ class PoolConfig(Section):
     """A pool of actors, each with the models it needs."""
 
     actors: int = execution(1, ge=1)
+    """Processes that hold models."""
     batch_size: int = execution(8, ge=1)
     """Rows per forward pass."""
     cpus: float = execution(1, ge=0)
+    """Cores of each."""
     gpus: float = execution(0, ge=0)
+    """Devices of each; 0 runs on the CPU."""
 
 
 class TeachConfig(PoolConfig):
@@ -198,6 +225,7 @@ class EvaluateConfig(PoolConfig):
     """Greedy generation on the test rows."""
 
     batch_size: int = execution(32, ge=1)
+    """Rows generated together."""
     forward_transfer: bool = False
     """Also score each task before it is learnt, and the base model on it (FWT)."""
 
@@ -229,22 +257,35 @@ class StreamConfig(Section):
     """A stream: a base model, a method, and an append-only list of tasks."""
 
     name: Name
+    """Names the stream in reports and MLflow."""
     seed: int = Field(default=0, ge=0)
+    """Of replay draws, query rows and row order."""
     model: ModelConfig
+    """The base model."""
     data_root: Path | None = execution(None)
     """Folder that the tasks' files are relative to; the YAML's own folder unless given."""
     data: DataConfig = DataConfig()
+    """Defaults for every task."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    """In learning order; append new ones at the end."""
     method: AnyMethod
+    """Its name, and its own settings."""
     replay: ReplayConfig = ReplayConfig()
+    """Which old rows are kept and how often they are seen."""
     train: TrainConfig = TrainConfig()
+    """Training of one task."""
     score: PoolConfig = PoolConfig()
+    """The actors that score heads."""
     teach: TeachConfig = TeachConfig()
+    """The actors that write targets, and how."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """The actors that generate, and what else is measured."""
     storage: str = execution("seekr-store", min_length=1)
     """Folder or URI (s3://, gs://) of all artifacts; a relative folder is relative to where you are."""
     tracking: TrackingConfig = TrackingConfig()
+    """Where MLflow is."""
     ray: RayConfig = RayConfig()
+    """The cluster."""
 
     @field_validator("tasks")
     @classmethod

@@ -29,6 +29,9 @@ _MESSAGES = {
     "string_type": "must be text",
     "too_short": "at least 1 is needed",
     "tuple_type": "must be a list",
+    "int_parsing": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_parsing": "must be a number",
 }
 _SOURCE_FIELD = re.compile(r"tasks\.\d+\.(train|test)")
 
@@ -175,13 +178,19 @@ def _explain(item: Any, values: dict[str, Any]) -> str:
         return f"  {field}: missing; add it (see `seekr schema`)"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         return f"  {field}.name: found {_short(found)}; {_nearest(found, list(METHODS))}"
-    if kind in ("model_type", "model_attributes_type"):
+    if kind == "model_attributes_type":
+        name = found if found in METHODS else "seekr"
+        return f"  {field}: a section such as {{name: {name}}} is needed; found {_short(found)}"
+    if kind == "model_type":
         names = ", ".join(sorted(_fields_at(where, values)))
         return f"  {field}: a section with {names} is needed; found {_short(found)}"
     message = _MESSAGES.get(kind) or item["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should be", "must be")
     if kind == "string_type" and isinstance(found, bool | int | float):
         message += ", and YAML reads this as something else: put it in quotes"
-    return f"  {field}: {message[0].lower() + message[1:]}; found {_short(found)}"
+    if kind == "value_error" and isinstance(found, list):
+        return f"  {field}: {message}"  # the message names the items
+    return f"  {field}: {message}; found {_short(found)}"
 
 
 def _advice(where: list[Any], values: dict[str, Any]) -> str:

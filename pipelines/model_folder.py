@@ -119,6 +119,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _unusable(folder: Path, what: str, error: Exception) -> ConfigError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return ConfigError(
-        f"model.path {folder}: {what} cannot be used: {error}; repair it or download it again"
+        f"model.path {folder}: {what} cannot be used: {reason}; repair it or download it again"
     )

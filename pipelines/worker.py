@@ -12,6 +12,7 @@ import json
 import math
 import tempfile
 import time
+import zlib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -87,7 +88,6 @@ class _Worker:
         self._rank, self._world = context.get_world_rank(), context.get_world_size()
         self._spec, self._settings = spec, spec.settings
         torch.set_num_threads(spec.execution.cpus_per_worker)
-        torch.manual_seed(self._settings["seed"])
         gpu = spec.execution.gpus_per_worker > 0
         self._device = (
             torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
@@ -141,6 +141,8 @@ class _Worker:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
+        # Dropout draws from the step's own seed, so a resumed training draws what it would have.
+        torch.manual_seed(zlib.crc32(f"{self._settings['seed']}/{step}/{self._rank}".encode()))
         counts = self._rows.counts(rows)
         micro_batches = self._rows.micro_batches(
             rows, self._rank, self._world, self._spec.execution.micro_batch_size
