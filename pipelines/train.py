@@ -10,6 +10,7 @@ from typing import Any
 
 from ray.train import (
     CheckpointConfig,
+    ControllerError,
     FailureConfig,
     RunConfig,
     ScalingConfig,
@@ -28,6 +29,8 @@ from seekr.errors import SeekrError
 
 HISTORY = "history.json"
 _KEPT_CHECKPOINTS = 2
+# Groups that do not start: killed at birth, or a minute without the resources they ask for.
+_MIN_START_FAILURES = 10
 
 
 def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
@@ -61,7 +64,8 @@ def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
             storage_path=workspace.full_path(CHECKPOINTS),
             storage_filesystem=workspace.store.filesystem,
             failure_config=FailureConfig(
-                max_failures=execution.max_failures, controller_failure_limit=3
+                max_failures=execution.max_failures,
+                controller_failure_limit=max(_MIN_START_FAILURES, execution.max_failures),
             ),
             checkpoint_config=CheckpointConfig(num_to_keep=_KEPT_CHECKPOINTS),
         ),
@@ -77,6 +81,11 @@ def _fit(trainer: TorchTrainer, task: str) -> dict[str, Any]:
         raise SeekrError(
             f"training of {task} failed on {len(error.worker_failures)} workers, after all of "
             f"train.max_failures: {'; '.join(sorted(causes))}"
+        ) from error
+    except ControllerError as error:
+        raise SeekrError(
+            f"training of {task} could not start its workers: {error.controller_failure}; check that the "
+            "cluster has what train.workers, cpus_per_worker and gpus_per_worker ask for, and run again"
         ) from error
     if "diverged" in found:
         where = found["diverged"]
