@@ -48,6 +48,7 @@ class Point(NamedTuple):
 def key(name: str) -> str:
     """A name MLflow accepts for a param, metric or tag; a changed one ends in a hash."""
     clean = re.sub(r"/{2,}|\.{2,}", "_", _FORBIDDEN.sub("_", name)).strip("/") or "_"
+    clean = re.sub(r"(?<![^/])\.(?![^/])", "_", clean)  # a lone dot between slashes is a path
     if clean == name and len(name) <= MAX_KEY:
         return name
     return f"{clean[: MAX_KEY - 9]}-{digest(name)[:8]}"

@@ -70,7 +70,9 @@ Terms = dict[str, Term]
 class Method(BaseModel):
     """Root of the methods: plain fine-tuning on a task's rows. `name` selects it in the YAML."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     needs: ClassVar[Needs] = Needs()
     # Fields that do not enter the loss: they bear on the stages that prepare its targets.

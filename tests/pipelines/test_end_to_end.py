@@ -164,7 +164,7 @@ def test_the_replay_set_does_not_depend_on_files_or_blocks(tmp_path: Path) -> No
     folder = many.parent / "data" / "upper" / "parts"
     for part in range(5):
         write_rows(folder / f"{9 - part}.jsonl", rows[part::5] + rows[:2])
-    changes = ["tasks.0.train=data/upper/parts"]
+    changes = [f"tasks.0.train={folder}"]
     streams = [
         open_stream(one, ["replay.ratio=0.25"], writable=True),
         open_stream(many, changes, writable=True),
