@@ -194,7 +194,7 @@ def test_a_stage_is_computed_once_and_its_record_says_everything(any_store: Stor
     assert (raw["rows"], raw["stats"], raw["seeds"]) == (1, {"n": 5}, {"data": 3})
     assert (raw["host"], raw["user"], raw["git_commit"]) == ("h", "u", "c0ffee")
     assert (raw["argv"], raw["versions"]) == (["seekr", "run"], {"torch": "2"})
-    assert raw["attempts"] == 1 and raw["peak_memory_bytes"] >= 0
+    assert raw["attempts"] == 1 and isinstance(raw["peak_memory_bytes"], int)
     assert raw["started_at"] <= raw["finished_at"] and raw["started_at"].endswith("+00:00")
     assert [f.path for f in any_store.list(stage.key)] == [
         f"{stage.key}/n.json",
