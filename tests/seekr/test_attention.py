@@ -11,13 +11,13 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointError
-from transformers import AutoConfig, PretrainedConfig
 
-from seekr.attention import check_probeable, probing, register, token_positions
-from seekr.attention_kl import attention_kl, reduce_attention_kl
+from seekr.attention import probing, register, token_positions
 from seekr.errors import ConfigError, UnsupportedModel
-from seekr.probes import GradientProbe, RowProbe, masked_log_softmax
+from seekr.probes import RowProbe
 from seekr.prompts import Batch
+from seekr.score_probes import GradientProbe
+from seekr.softmax import masked_log_softmax
 from seekr.teacher import place_positions
 from tests.seekr import reference, tiny
 
@@ -86,55 +86,6 @@ def test_row_probe_returns_the_rows_of_the_reference_maps(name: str, side) -> No
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
-def student_loss(
-    model: torch.nn.Module, batch: Batch, teacher: dict[int, torch.Tensor]
-) -> torch.Tensor:
-    positions_BQ = place_positions(QUERIES, batch)
-    probe = RowProbe(HEADS, positions_BQ)
-    with probing(model, probe):
-        run(model, batch)
-    valid = dict.fromkeys(HEADS, positions_BQ >= 0)
-    kl = {
-        layer: attention_kl(teacher[layer], rows, valid[layer])
-        for layer, rows in probe.log_rows.items()
-    }
-    return reduce_attention_kl(kl, valid, "sum").sum()
-
-
-def teacher_rows(name: str, batch: Batch, exact: bool = True) -> dict[int, torch.Tensor]:
-    probe = RowProbe(HEADS, place_positions(QUERIES, batch))
-    model = tiny.build(name, seed=1, exact=exact)
-    with probing(model, probe), torch.no_grad():
-        run(model, batch)
-    return {layer: rows.exp() for layer, rows in probe.log_rows.items()}
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", tiny.MODELS)
-def test_gradients_through_rows_equal_those_through_the_reference_maps(name: str, side) -> None:
-    batch = tiny.batch(side)
-    teacher = teacher_rows(name, batch)
-    model, slow = tiny.build(name), tiny.build(name, attention="reference")
-    loss = student_loss(model, batch, teacher)
-    loss.backward()
-    expected = torch.zeros((), dtype=torch.float64)
-    for index, row in enumerate(tiny.rows()):
-        maps = reference.forward(slow, row)[1]
-        start = int(batch.start_B[index])
-        for layer, heads in HEADS.items():
-            for slot, head in enumerate(heads):
-                for order, query in enumerate(QUERIES[index]):
-                    p = teacher[layer][index, slot, order, start : start + len(row.input_ids)]
-                    q = maps[layer][0, head, query]
-                    seen = p > 0
-                    expected = expected + (p[seen] * (p[seen] / q[seen]).log()).sum()
-    expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
-    for found, wanted in zip(model.parameters(), slow.parameters(), strict=True):
-        if wanted.grad is not None:
-            torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-6, atol=1e-11)
-
-
 def test_activation_checkpointing_gives_the_same_gradients_and_keeps_the_first_rows() -> None:
     batch = tiny.batch()
     plain, checkpointed = tiny.build("llama-gqa").train(), tiny.build("llama-gqa").train()
@@ -200,35 +151,6 @@ def test_masked_rows_never_give_nan_values_or_gradients() -> None:
     assert (scores.grad[:, 1] == 0).all()
 
 
-ACCEPTED = ["llama", "mistral", "qwen2", "qwen3", "mixtral", "phi3"]
-REFUSED = {
-    "gemma2": "attn_logit_softcapping",
-    "gpt_oss": "sinks",
-    "qwen3_next": "linear_attention",
-    "jamba": "linear_attention",
-    "bloom": "AttentionInterface",
-    "mamba": "AttentionInterface",
-    "diffllama": "differential",
-}
-
-
-@pytest.mark.parametrize("model_type", ACCEPTED)
-def test_plain_softmax_models_are_probeable(model_type: str) -> None:
-    check_probeable(AutoConfig.for_model(model_type))
-
-
-@pytest.mark.parametrize("model_type", sorted(REFUSED))
-def test_other_attention_is_refused_naming_the_cause(model_type: str) -> None:
-    with pytest.raises(UnsupportedModel, match=REFUSED[model_type]) as caught:
-        check_probeable(AutoConfig.for_model(model_type))
-    assert repr(model_type) in str(caught.value)
-
-
-def test_a_config_without_a_causal_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="no causal language model class"):
-        check_probeable(PretrainedConfig())
-
-
 def test_probing_needs_the_registered_attention() -> None:
     model, probe = tiny.build("llama-mha", attention="sdpa"), row_probe()
     with pytest.raises(ConfigError, match="attn_implementation='sdpa'"), probing(model, probe):
@@ -282,7 +204,10 @@ def row_probe() -> RowProbe:
 
 def test_probes_work_inside_ddp_and_fsdp2(tmp_path: Path) -> None:
     batch = tiny.batch()
-    expected = teacher_rows("llama-gqa", batch, exact=False)
+    alone = RowProbe(HEADS, place_positions(QUERIES, batch))
+    plain = tiny.build("llama-gqa", seed=1, exact=False)
+    with probing(plain, alone):
+        run(plain, batch)
     store = distributed.FileStore(str(tmp_path / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -296,7 +221,7 @@ def test_probes_work_inside_ddp_and_fsdp2(tmp_path: Path) -> None:
             probe = RowProbe(HEADS, place_positions(QUERIES, batch))
             with probing(model, probe):
                 run(model, batch).sum().backward()
-            for layer, rows in expected.items():
-                assert torch.equal(probe.log_rows[layer].exp(), rows)
+            assert sorted(probe.log_rows) == sorted(HEADS)
+            assert all(torch.equal(probe.log_rows[at], alone.log_rows[at]) for at in HEADS)
     finally:
         distributed.destroy_process_group()
