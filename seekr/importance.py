@@ -10,6 +10,7 @@ Shape suffixes: B batch, L layers, H heads, Q query rows.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,12 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from seekr.attention import evaluation_mode, inner_model, probing, token_positions
 from seekr.errors import DataError
-from seekr.losses import answer_nll
-from seekr.probes import DifferenceProbe, GradientProbe
+from seekr.losses import IGNORE_LABEL, answer_nll, answer_positions
 from seekr.prompts import Batch
+from seekr.score_probes import DifferenceProbe, GradientProbe
 
 Definition = Literal["paper", "official"]
 Rule = Literal["product_of_sums", "sum_of_products"]
@@ -74,19 +76,16 @@ def score_batch(
 
     Raises:
         DataError: a row has no answer token.
+        UnsupportedModel: an attention mask is not one run of keys per query.
     """
     real_BT = batch.attention_mask_BT.bool()
     gradient = GradientProbe(real_BT)
     with _frozen(after), probing(after, gradient), torch.enable_grad():
-        _backward_to_embeddings(after, batch)
+        # The graph begins at the first layer's attention; nothing below it is differentiated.
+        torch.autograd.grad(_summed_loss(after, batch), gradient.earliest)
     difference = DifferenceProbe(gradient.captured, real_BT, positions_BQ)
     with _frozen(before), probing(before, difference), torch.no_grad():
-        before(
-            input_ids=batch.input_ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            position_ids=token_positions(batch.attention_mask_BT),
-            use_cache=False,
-        )
+        _logits_at(before, batch, torch.zeros(1, dtype=torch.long, device=real_BT.device))
     sums = {
         "grad_sq_causal": gradient.causal_BLH,
         "grad_sq_square": gradient.square_BLH,
@@ -106,25 +105,34 @@ def score_batch(
     ]
 
 
-def _backward_to_embeddings(model: nn.Module, batch: Batch) -> None:
-    """Run L's backward pass down to the input embeddings; the probe sees every layer on the way."""
-    embed = inner_model(model).get_input_embeddings()
-    embeds_BTE = embed(batch.input_ids_BT).detach().requires_grad_()
-    logits_BTV: Tensor = model(
-        inputs_embeds=embeds_BTE,
-        attention_mask=batch.attention_mask_BT,
-        position_ids=token_positions(batch.attention_mask_BT),
-        use_cache=False,
-    ).logits
-    nll_B, count_B = answer_nll(logits_BTV, batch.labels_BT)
+def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the sum of L over rows. Rows do not see each other, so its gradient is each row's."""
+    row_A, position_A = answer_positions(batch.labels_BT)
+    count_B = torch.bincount(row_A, minlength=len(batch))
     if (count_B == 0).any():
         row_id = batch.row_ids[int((count_B == 0).nonzero()[0])]
         raise DataError(
             f"row {row_id} has no answer token, so no loss to take gradients of; at least 1 is "
             "needed: give the row an answer or drop it"
         )
-    # Rows do not see each other, so the gradient of the sum holds each row's own.
-    torch.autograd.grad((nll_B / count_B).sum(), embeds_BTE)
+    kept_T = position_A.unique()
+    # `answer_nll` reads the label one place on, so labels move up by one with the logits.
+    labels_BT = functional.pad(batch.labels_BT[:, kept_T + 1], (1, 0), value=IGNORE_LABEL)
+    nll_B, _ = answer_nll(_logits_at(model, batch, kept_T), labels_BT)
+    return (nll_B / count_B).sum()
+
+
+def _logits_at(model: nn.Module, batch: Batch, kept_T: Tensor) -> Tensor:
+    """Return the logits of some columns; others are not computed where the model can leave them."""
+    can_keep = "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters
+    logits_BTV: Tensor = model(
+        input_ids=batch.input_ids_BT,
+        attention_mask=batch.attention_mask_BT,
+        position_ids=token_positions(batch.attention_mask_BT),
+        use_cache=False,
+        **({"logits_to_keep": kept_T} if can_keep else {}),
+    ).logits
+    return logits_BTV if can_keep else logits_BTV[:, kept_T]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seekr import probes
+from seekr import score_probes
 from seekr.errors import DataError
 from seekr.importance import (
     HeadStatistics,
@@ -93,7 +93,7 @@ def test_scores_equal_the_reference_for_any_lengths_padding_budget_and_tile(
 ) -> None:
     rows = tiny.rows(tuple(lengths))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probes, "TILE_ELEMENTS", tile)
+        patch.setattr(score_probes, "TILE_ELEMENTS", tile)
         found = score(name, rows, side, multiple_of, budget)
     for statistics, row in zip(found, rows, strict=True):
         assert_same(statistics, slow_score(name, row, budget))
