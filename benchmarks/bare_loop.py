@@ -26,14 +26,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seekr.attention import probing, token_positions
-from seekr.attention_kl import attention_kl, reduce_attention_kl
+from seekr.attention_kl import reduce_attention_kl
 from seekr.batch_targets import BatchTargets, collate_targets
 from seekr.batches import BatchPlan
+from seekr.distillation import DistillationProbe
 from seekr.importance import HeadArray, combine, forgettability, score_batch, task_sensitivity
 from seekr.losses import answer_nll, logit_kl
 from seekr.metrics import AccuracyMatrix, exact_match
 from seekr.models import generate_greedy, load_model, load_tokenizer
-from seekr.probes import RowProbe
 from seekr.prompts import (
     Batch,
     Example,
@@ -47,7 +47,8 @@ from seekr.prompts import (
 )
 from seekr.sampling import draw, query_positions, replay_size
 from seekr.selection import HeadSelection, select_heads
-from seekr.teacher import TeacherTarget, place_positions, teach_batch
+from seekr.teacher import Keep, TeacherTarget, place_positions, teach_batch
+from seekr.teacher_store import Bits, decode_target, encode_target
 
 MethodName = Literal["seqft", "replay", "derpp", "seekr"]
 REPOSITORY = Path(__file__).parents[1]
@@ -79,6 +80,9 @@ class Settings:
     layer_budget: int = 3
     head_budget: int = 16
     query_budget: int | None = None
+    logits_kept: int | None = 64
+    attention_kept: int | None = 24
+    bits: Bits = 16
     max_length: int = 64
     max_answer_length: int = 16
     threads: int = 2
@@ -257,14 +261,10 @@ def _attention_loss(
     model: PreTrainedModel, batch: Batch, taught: BatchTargets
 ) -> tuple[Tensor, Tensor]:
     """Return the logits and the mean attention KL of the selected heads, from one forward pass."""
-    probe = RowProbe(taught.heads_by_layer, taught.positions_BQ)
+    probe = DistillationProbe(taught.heads_by_layer, taught.positions_BQ, taught.attention)
     with probing(model, probe):
         logits_BTV = _logits(model, batch)
-    kl = {
-        layer: attention_kl(rows, probe.log_rows[layer], taught.valid[layer])
-        for layer, rows in taught.teacher_rows.items()
-    }
-    return logits_BTV, reduce_attention_kl(kl, taught.valid).mean()
+    return logits_BTV, reduce_attention_kl(probe.kl_by_layer, taught.valid).mean()
 
 
 def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -301,7 +301,10 @@ def _teach(
     learnt: Sequence[_Task],
     heads: HeadSelection | None,
 ) -> dict[str, TeacherTarget]:
-    """Teach the replay rows of every task again, each by the model that had just learnt it."""
+    """Teach the replay rows of every task again, each by the model that had just learnt it.
+
+    Targets are what the pipeline's students read: the kept part, rounded as it is stored.
+    """
     targets: dict[str, TeacherTarget] = {}
     for task in learnt:
         if task.model is None:
@@ -312,8 +315,10 @@ def _teach(
             None if heads is None else heads.by_layer(),
             _queries(settings, task.replay),
             logits=True,
+            keep=Keep(logits=settings.logits_kept, attention=settings.attention_kept),
         )
-        targets.update(zip((row.row_id for row in task.replay), taught, strict=True))
+        for row, target in zip(task.replay, taught, strict=True):
+            targets[row.row_id] = decode_target(encode_target(target, settings.bits))
     return targets
 
 

@@ -14,10 +14,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from seekr.methods.derpp import DERpp
 from seekr.methods.mtl import MTL
@@ -217,8 +219,14 @@ class PoolConfig(Section):
 class TeachConfig(PoolConfig):
     """How targets are written."""
 
-    dtype: Literal["float32", "float16"] = "float32"
-    """Of stored logits and attention rows."""
+    logits_kept: int | None = Field(default=64, ge=1)
+    """Probabilities kept per answer token, on average over a row, beside one mass for the others;
+    null keeps whole logits."""
+    attention_kept: int | None = Field(default=24, ge=1)
+    """Entries kept per query row of a map, on average over a row, beside one mass for the others;
+    null keeps all."""
+    bits: Literal[16, 32] = 16
+    """Of a stored number."""
 
 
 class EvaluateConfig(PoolConfig):
@@ -276,7 +284,7 @@ class StreamConfig(Section):
     """Training of one task."""
     score: PoolConfig = PoolConfig()
     """The actors that score heads."""
-    teach: TeachConfig = TeachConfig()
+    teach: TeachConfig = Field(default=TeachConfig(), validate_default=True)
     """The actors that write targets, and how."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """The actors that generate, and what else is measured."""
@@ -302,6 +310,22 @@ class StreamConfig(Section):
                 )
             seen.add(task.name.lower())
         return tasks
+
+    @field_validator("teach")
+    @classmethod
+    def _whole_logits_where_needed(cls, teach: TeachConfig, info: ValidationInfo) -> TeachConfig:
+        method = info.data.get("method")
+        if method is None or not method.whole_logits or teach.logits_kept is None:
+            return teach
+        cause = PydanticCustomError(
+            "value_error",
+            "must be null, as the losses of method {method} compare whole logits",
+            {"method": method.name},
+        )
+        # Not a ValueError, which would be told of the whole section.
+        raise ValidationError.from_exception_data(
+            "teach", [{"type": cause, "loc": ("logits_kept",), "input": teach.logits_kept}]
+        )
 
     def options(self, task: TaskConfig) -> DataConfig:
         """Return a task's options with the defaults filled in."""

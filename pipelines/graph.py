@@ -19,10 +19,10 @@ from seekr.methods.seekr import SEEKR
 VERSIONS = {
     "ingest": 1,
     "sample": 1,
-    "train": 1,
-    "score": 1,
+    "train": 2,
+    "score": 2,
     "select": 1,
-    "teach": 1,
+    "teach": 2,
     "evaluate": 1,
 }
 ALL_TASKS = "all"
@@ -157,9 +157,11 @@ class _Builder:
         settings = {
             "logits": method.needs.logits,
             "logit_shift": getattr(method, "logit_shift", True),
-            "stored_dtype": self._config.teach.dtype,
+            "bits": self._config.teach.bits,
             **self._precision(),
         }
+        if method.needs.logits:
+            settings["logits_kept"] = self._config.teach.logits_kept
         for name in known if again else [newest]:
             inputs = {
                 "teacher": self._latest["train", name],
@@ -167,6 +169,7 @@ class _Builder:
             }
             if isinstance(method, SEEKR):
                 settings["query_budget"] = method.query_budget
+                settings["attention_kept"] = self._config.teach.attention_kept
                 inputs["heads"] = self._latest["select", newest]
             label = name if name == newest else retaught(name, newest)
             self._latest["teach", name] = self._add("teach", label, settings, inputs)

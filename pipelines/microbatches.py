@@ -28,7 +28,7 @@ from seekr.batch_targets import BatchTargets, collate_targets
 from seekr.batches import StepRows, num_micro_batches, share
 from seekr.errors import StoreError
 from seekr.prompts import Batch, TokenizedRow, collate
-from seekr.teacher import decode_target
+from seekr.teacher_store import decode_target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -1,7 +1,8 @@
 """Teach: the model that has just learnt a task writes what its students will need.
 
-Per replay row one binary value: answer-position logits, and attention rows of the selected heads at
-the sampled query positions. Rows and targets are joined by row id later, never by position.
+Per replay row one binary value: the likeliest tokens at answer positions, and the largest entries of
+the attention rows of the selected heads at the sampled query positions. Rows and targets are joined
+by row id later, never by position.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
 from seekr.prompts import collate
 from seekr.sampling import query_positions
-from seekr.teacher import encode_target, teach_batch
+from seekr.teacher import Keep, teach_batch
+from seekr.teacher_store import encode_target
 
 TARGETS = "targets"
 TARGET_SCHEMA = pa.schema([("row_id", pa.string()), ("target", pa.large_binary())])
@@ -77,9 +79,10 @@ class _Teacher:
             positions,
             logits=settings["logits"],
             shift=settings["logit_shift"],
+            keep=Keep(logits=settings.get("logits_kept"), attention=settings.get("attention_kept")),
         )
         self._report.add_rows(len(rows))
-        encoded = [encode_target(target, dtype=settings["stored_dtype"]) for target in targets]
+        encoded = [encode_target(target, settings["bits"]) for target in targets]
         return pa.table(
             {"row_id": [row.row_id for row in rows], "target": encoded}, schema=TARGET_SCHEMA
         )

@@ -36,7 +36,6 @@ from seekr.attention import probing
 from seekr.batches import BatchPlan
 from seekr.methods import Method, Outputs, Terms
 from seekr.models import load_tokenizer
-from seekr.probes import RowProbe
 from seekr.prompts import pad_id_of
 
 
@@ -164,10 +163,8 @@ class _Worker:
     def _pass(self, micro_batch: MicroBatch, counts: Mapping[str, int]) -> Terms:
         """Forward and backward on one micro-batch; returns its loss terms."""
         batch, targets = micro_batch.tensors(pad_id_of(self._tokenizer), self._device)
-        probe = None
-        if targets is not None and targets.heads_by_layer:
-            probe = RowProbe(targets.heads_by_layer, targets.positions_BQ)
         model, method = self._strategy.module, self._spec.method
+        probe = None if targets is None else method.distillation(targets)
         # The backward pass lies inside: activation checkpointing runs the forward pass again in it.
         with nullcontext() if probe is None else probing(model, probe):
             outputs = Outputs(
@@ -178,7 +175,7 @@ class _Worker:
                 ).logits,
                 batch=batch,
                 targets=targets,
-                log_rows=None if probe is None else probe.log_rows,
+                attention_kl=None if probe is None else probe.kl_by_layer,
             )
             terms = (
                 method.replay_terms(outputs) if micro_batch.replay else method.task_terms(outputs)

@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +37,7 @@ _SOFTMAX_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_att
 # Architectures that go through AttentionInterface but have no single softmax map per head.
 _REFUSED_TYPES: Mapping[str, str] = {
     "diffllama": "differential attention: a head is the difference of two maps",
+    "doge": "dynamic masks: learnt numbers are added to the scores",
 }
 
 
@@ -142,11 +144,12 @@ def check_probeable(config: PretrainedConfig) -> None:
     """Check, before any weight is loaded, that attention maps of this model can be probed exactly.
 
     Raises:
-        UnsupportedModel: naming the cause (soft-capping, sinks, linear or hybrid attention, a model
-            outside AttentionInterface) and what to do.
+        UnsupportedModel: naming the cause (soft-capping, sinks, linear or hybrid attention, two
+            attention modules in a layer, attention in both directions, a model outside
+            AttentionInterface) and what to do.
     """
     text = config.get_text_config()
-    cause = _refusal_from_config(text) or _refusal_from_code(text)
+    cause = _refusal_from_config(text) or _refusal_from_code(text) or _refusal_from_structure(text)
     if cause is not None:
         raise UnsupportedModel(
             f"model type {text.model_type!r} cannot be probed: {cause}. SEEKR needs one softmax "
@@ -181,6 +184,17 @@ def _refusal_from_code(text: PretrainedConfig) -> str | None:
     if re.search(r"\bs_aux\b", source):
         return "it has attention sinks"
     return None
+
+
+def _refusal_from_structure(text: PretrainedConfig) -> str | None:
+    """Build the model without memory for its weights, and look at its attention modules."""
+    with torch.device("meta"):
+        # Building writes the attention implementation into the config.
+        model = AutoModelForCausalLM.from_config(deepcopy(text), attn_implementation="eager")
+    modules, cause = _attention_by_layer(model)
+    if cause is None and not all(getattr(module, "is_causal", True) for module in modules.values()):
+        return "it attends in both directions"
+    return cause
 
 
 @contextmanager
@@ -227,29 +241,31 @@ def inner_model(model: nn.Module) -> PreTrainedModel:
 
 def _attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     inner = inner_model(model)
-    config = inner.config.get_text_config()
-    implementation = config._attn_implementation
+    implementation = inner.config.get_text_config()._attn_implementation
     if implementation != ATTENTION:
         raise ConfigError(
             f"{type(inner).__name__} uses attn_implementation={implementation!r}; a probe needs "
             f"{ATTENTION!r}: call seekr.attention.register() and load the model with it"
         )
+    found, cause = _attention_by_layer(inner)
+    if cause is not None:
+        raise UnsupportedModel(f"{type(inner).__name__} cannot be probed: {cause}")
+    return found
+
+
+def _attention_by_layer(inner: PreTrainedModel) -> tuple[dict[int, nn.Module], str | None]:
+    """Return each layer's attention module, and what is wrong with them or None."""
     found: dict[int, nn.Module] = {}
     for module in inner.modules():
         is_attention = "Attention" in type(module).__name__
         if is_attention and isinstance(getattr(module, "layer_idx", None), int):
             if _layer_of(module) in found:
-                raise UnsupportedModel(
-                    f"{type(inner).__name__} has two attention modules in layer "
-                    f"{_layer_of(module)}; one per layer is needed: choose another model"
-                )
+                return found, f"it has two attention modules in layer {_layer_of(module)}, not one"
             found[_layer_of(module)] = module
-    if sorted(found) != list(range(config.num_hidden_layers)):
-        raise UnsupportedModel(
-            f"{type(inner).__name__} has {config.num_hidden_layers} layers and attention modules "
-            f"in {sorted(found)}; every layer needs one: choose another model"
-        )
-    return found
+    layers = inner.config.get_text_config().num_hidden_layers
+    if sorted(found) != list(range(layers)):
+        return found, f"it has {layers} layers and attention modules in {sorted(found)} of them"
+    return found, None
 
 
 def _pick(modules: dict[int, nn.Module], layers: frozenset[int]) -> dict[int, nn.Module]:

@@ -9,7 +9,7 @@ Shape suffixes: B batch, S selected heads, Q query rows, T tokens, A answer posi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from seekr.errors import DataError
 from seekr.losses import answer_positions
 from seekr.prompts import Batch
+from seekr.sparse_rows import SparseRows, concatenate
 from seekr.teacher import TeacherTarget, place_positions
 
 
@@ -26,20 +27,22 @@ class BatchTargets:
     """Targets of a batch on its padding layout.
 
     Attributes:
-        heads_by_layer: Union of the rows' heads per layer: what the student's RowProbe asks for.
+        heads_by_layer: Union of the rows' heads per layer: what the student's probe asks for.
         positions_BQ: Padded query positions, -1 where there is none.
-        teacher_rows: Per layer probabilities [B,S,Q,T], 0 at padding and where a row has no target.
+        attention: Per layer the teacher's rows in the order (B, S, Q), columns being padded key
+            positions; no entries where a row has no target.
         valid: Per layer [B,S,Q], True where a row has a target: its own heads and query rows.
-        logits_AV: All rows' teacher logits, by batch row then position, or None.
+        logits: All rows' teacher logits [A,V] or next-token distributions of A rows, by batch row
+            then position, or None.
         logit_row_A: Batch row of each.
         logit_position_A: Padded position of the student's logits to compare each with.
     """
 
     heads_by_layer: dict[int, tuple[int, ...]]
     positions_BQ: Tensor
-    teacher_rows: dict[int, Tensor]
+    attention: dict[int, SparseRows]
     valid: dict[int, Tensor]
-    logits_AV: Tensor | None
+    logits: Tensor | SparseRows | None
     logit_row_A: Tensor
     logit_position_A: Tensor
 
@@ -48,9 +51,9 @@ class BatchTargets:
         return BatchTargets(
             heads_by_layer=self.heads_by_layer,
             positions_BQ=self.positions_BQ.to(device),
-            teacher_rows={layer: rows.to(device) for layer, rows in self.teacher_rows.items()},
+            attention={layer: rows.to(device) for layer, rows in self.attention.items()},
             valid={layer: valid.to(device) for layer, valid in self.valid.items()},
-            logits_AV=None if self.logits_AV is None else self.logits_AV.to(device),
+            logits=None if self.logits is None else self.logits.to(device),
             logit_row_A=self.logit_row_A.to(device),
             logit_position_A=self.logit_position_A.to(device),
         )
@@ -88,68 +91,103 @@ def collate_targets(targets: Sequence[TeacherTarget | None], batch: Batch) -> Ba
         for layer, heads in ({} if target is None else target.heads_by_layer).items():
             union.setdefault(layer, set()).update(heads)
     heads_by_layer = {layer: tuple(sorted(union[layer])) for layer in sorted(union)}
-    device = batch.input_ids_BT.device
-    collated = {
-        layer: _collate_layer(layer, heads, targets, batch, positions_BQ.shape[1])
+    parts = [_by_layer(target) for target in targets]
+    joined = {
+        layer: _collate_layer(
+            layer, heads, targets, [part.get(layer) for part in parts], batch, positions_BQ.shape[1]
+        )
         for layer, heads in heads_by_layer.items()
     }
-    logits_AV, row_A, position_A = _collate_logits(targets, batch)
-    return BatchTargets(
+    logits, row_A, position_A = _collate_logits(targets, batch)
+    collated = BatchTargets(
         heads_by_layer=heads_by_layer,
         positions_BQ=positions_BQ,
-        teacher_rows={layer: rows.to(device) for layer, (rows, _) in collated.items()},
-        valid={layer: valid.to(device) for layer, (_, valid) in collated.items()},
-        logits_AV=None if logits_AV is None else logits_AV.to(device),
-        logit_row_A=row_A.to(device),
-        logit_position_A=position_A.to(device),
+        attention={layer: rows for layer, (rows, _) in joined.items()},
+        valid={layer: valid for layer, (_, valid) in joined.items()},
+        logits=logits,
+        logit_row_A=row_A,
+        logit_position_A=position_A,
     )
+    return collated.to(batch.input_ids_BT.device)
+
+
+def _by_layer(target: TeacherTarget | None) -> dict[int, SparseRows]:
+    """Split a target's attention rows, which are ordered (layer, S, Q)."""
+    if target is None or target.attention is None:
+        return {}
+    found: dict[int, SparseRows] = {}
+    start = 0
+    for layer, heads in target.heads_by_layer.items():
+        stop = start + len(heads) * len(target.query_positions)
+        found[layer] = target.attention.cut(start, stop)
+        start = stop
+    return found
 
 
 def _collate_layer(
     layer: int,
     heads: tuple[int, ...],
     targets: Sequence[TeacherTarget | None],
+    own: Sequence[SparseRows | None],
     batch: Batch,
     num_queries: int,
-) -> tuple[Tensor, Tensor]:
-    """Return (teacher rows [B,S,Q,T], valid [B,S,Q]) of one layer for the union of heads."""
-    own = [None if target is None else target.attention.get(layer) for target in targets]
-    dtype = np.result_type(np.float32, *(rows.dtype for rows in own if rows is not None))
-    shape = (len(targets), len(heads), num_queries)
-    rows_BSQT = np.zeros((*shape, batch.input_ids_BT.shape[1]), dtype=dtype)
-    valid_BSQ = np.zeros(shape, dtype=np.bool_)
+) -> tuple[SparseRows, Tensor]:
+    """Return (teacher rows, valid [B,S,Q]) of one layer for the union of heads.
+
+    Rows without a target take no entries, so the entries themselves only follow one another.
+    """
+    valid_BSQ = torch.zeros(len(targets), len(heads), num_queries, dtype=torch.bool)
+    moved: list[SparseRows] = []
     for index, (target, start) in enumerate(zip(targets, batch.start_B.tolist(), strict=True)):
         rows = own[index]
         if target is None or rows is None:
             continue
         slots = [heads.index(head) for head in target.heads_by_layer[layer]]
-        queries = len(target.query_positions)
-        rows_BSQT[index, slots, :queries, start : start + target.length] = rows
-        valid_BSQ[index, slots, :queries] = True
-    return torch.from_numpy(rows_BSQT), torch.from_numpy(valid_BSQ)
+        valid_BSQ[index, slots, : len(target.query_positions)] = True
+        moved.append(replace(rows, columns_N=rows.columns_N + start))
+    return _spread(concatenate(moved), valid_BSQ.flatten()), valid_BSQ
+
+
+def _spread(rows: SparseRows, present_R: Tensor) -> SparseRows:
+    """Give `rows` the places where `present_R` is True, and no entries to the others."""
+    counts_R = torch.zeros(len(present_R), dtype=torch.int64)
+    tail_R = rows.tail_R.new_zeros(len(present_R))
+    counts_R[present_R], tail_R[present_R] = rows.offsets.diff(), rows.tail_R
+    offsets = torch.cat([counts_R.new_zeros(1), counts_R.cumsum(0)])
+    return replace(rows, offsets=offsets, tail_R=tail_R)
 
 
 def _collate_logits(
     targets: Sequence[TeacherTarget | None], batch: Batch
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return (logits [A,V], batch row [A], padded position [A])."""
+) -> tuple[Tensor | SparseRows | None, Tensor, Tensor]:
+    """Return (logits, batch row [A], padded position [A])."""
     labels_BT = batch.labels_BT.cpu()
-    logits: list[Tensor] = []
+    whole: list[Tensor] = []
+    sparse: list[SparseRows] = []
     rows: list[Tensor] = []
     positions: list[Tensor] = []
     for index, target in enumerate(targets):
-        if target is None or target.logits_AV is None:
+        if target is None or target.logits is None:
             continue
         _, position_A = answer_positions(labels_BT[index : index + 1], shift=target.shift)
-        if len(position_A) != len(target.logits_AV):
+        if len(position_A) != len(target.logits):
             raise DataError(
-                f"target of row {batch.row_ids[index]} has {len(target.logits_AV)} answer logits "
+                f"target of row {batch.row_ids[index]} has {len(target.logits)} answer logits "
                 f"and the row {len(position_A)} answer tokens; they must be equal: teach the row "
                 "again"
             )
-        logits.append(torch.from_numpy(target.logits_AV))
+        if isinstance(target.logits, SparseRows):
+            sparse.append(target.logits)
+        else:
+            whole.append(target.logits)
         rows.append(torch.full_like(position_A, index))
         positions.append(position_A)
-    if not logits:
+    if not rows:
         return None, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    return torch.cat(logits), torch.cat(rows), torch.cat(positions)
+    if whole and sparse:
+        raise DataError(
+            f"{len(whole)} rows of the batch carry whole logits and {len(sparse)} their largest "
+            "ones; all need the same kind: teach again with one setting of logits_kept"
+        )
+    joined = concatenate(sparse) if sparse else torch.cat(whole)
+    return joined, torch.cat(rows), torch.cat(positions)

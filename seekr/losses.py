@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from seekr.errors import DataError
-from seekr.probes import exact_dtype
+from seekr.softmax import exact_dtype
+from seekr.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
     from seekr.batch_targets import BatchTargets
@@ -58,17 +59,43 @@ def answer_nll(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
 def logit_kl(logits_BTV: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor]:
     """KL(teacher || student) over the vocabulary at the targets' positions, equation (3).
 
+    Where the teacher kept only its largest probabilities, all others count as one outcome.
+
     Returns:
         Sum per batch row [B], and number of positions [B] (0 for rows without a logit target).
 
     Raises:
         DataError: teacher and student have vocabularies of different size.
     """
-    student_AV, teacher_AV = _pair(logits_BTV, targets)
-    log_teacher_AV = teacher_AV.log_softmax(dim=-1)
-    log_student_AV = student_AV.log_softmax(dim=-1)
-    kl_A = functional.kl_div(log_student_AV, log_teacher_AV, reduction="none", log_target=True)
-    return _per_row(kl_A.sum(dim=-1), targets.logit_row_A, len(logits_BTV))
+    log_student_AV = _student(logits_BTV, targets).log_softmax(dim=-1)
+    if isinstance(targets.logits, SparseRows):
+        kl_A = _sparse_kl(targets.logits, log_student_AV)
+    else:
+        log_teacher_AV = _whole(targets).to(log_student_AV.dtype).log_softmax(dim=-1)
+        kl_AV = functional.kl_div(log_student_AV, log_teacher_AV, reduction="none", log_target=True)
+        kl_A = kl_AV.sum(dim=-1)
+    return _per_row(kl_A, targets.logit_row_A, len(logits_BTV))
+
+
+def _sparse_kl(teacher: SparseRows, log_student_AV: Tensor) -> Tensor:
+    """KL [A] with the teacher's tail, and the student's, as one outcome."""
+    vocab_size = log_student_AV.shape[-1]
+    last = int(teacher.columns_N.max()) if teacher.columns_N.numel() else 0
+    if last >= vocab_size:
+        raise DataError(
+            f"a teacher kept token {last} and the student has tokens 0..{vocab_size - 1}; they must "
+            "share a vocabulary: teach again with the model that is trained"
+        )
+    row_N, value_N = teacher.rows_N(), teacher.values_N.to(log_student_AV.dtype)
+    part_N = torch.xlogy(value_N, value_N) - value_N * log_student_AV[row_N, teacher.columns_N]
+    kl_A = part_N.new_zeros(len(teacher)).index_add(0, row_N, part_N)
+    tail_A = teacher.tail_R.to(log_student_AV.dtype)
+    kept_AV = torch.zeros_like(log_student_AV, dtype=torch.bool)
+    kept_AV[row_N, teacher.columns_N] = True
+    # Rows without a tail keep an entry here, or their empty sum would have no gradient.
+    rest_AV = log_student_AV.masked_fill(kept_AV & (tail_A > 0)[:, None], -torch.inf)
+    log_rest_A = rest_AV.logsumexp(dim=-1)
+    return kl_A + torch.xlogy(tail_A, tail_A) - tail_A * log_rest_A
 
 
 def logit_mse(logits_BTV: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor]:
@@ -78,27 +105,35 @@ def logit_mse(logits_BTV: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor
         Sum over positions per batch row [B], and number of positions [B].
 
     Raises:
-        DataError: teacher and student have vocabularies of different size.
+        DataError: teacher and student have vocabularies of different size, or the teacher kept only
+            its largest probabilities.
     """
-    student_AV, teacher_AV = _pair(logits_BTV, targets)
-    mse_A = (student_AV - teacher_AV).square().mean(dim=-1)
+    student_AV = _student(logits_BTV, targets)
+    mse_A = (student_AV - _whole(targets).to(student_AV.dtype)).square().mean(dim=-1)
     return _per_row(mse_A, targets.logit_row_A, len(logits_BTV))
 
 
-def _pair(logits_BTV: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor]:
-    """Return (student, teacher) logits [A,V] at the targets' positions."""
-    if targets.logits_AV is None:
+def _student(logits_BTV: Tensor, targets: BatchTargets) -> Tensor:
+    """Return the student's logits [A,V] at the targets' positions."""
+    logits, vocab_size = targets.logits, logits_BTV.shape[-1]
+    if logits is None:
         raise ValueError("the batch carries no logit targets; teach with logits=True")
-    vocab_size = logits_BTV.shape[-1]
-    if targets.logits_AV.shape[-1] != vocab_size:
+    if isinstance(logits, Tensor) and logits.shape[-1] != vocab_size:
         raise DataError(
-            f"teacher logits have {targets.logits_AV.shape[-1]} entries and the student "
-            f"{vocab_size}; they must share a vocabulary: teach again with the model that is "
-            "trained"
+            f"teacher logits have {logits.shape[-1]} entries and the student {vocab_size}; they "
+            "must share a vocabulary: teach again with the model that is trained"
         )
     dtype = exact_dtype(logits_BTV.dtype)
-    student_AV = logits_BTV[targets.logit_row_A, targets.logit_position_A].to(dtype)
-    return student_AV, targets.logits_AV.to(dtype)
+    return logits_BTV[targets.logit_row_A, targets.logit_position_A].to(dtype)
+
+
+def _whole(targets: BatchTargets) -> Tensor:
+    if not isinstance(targets.logits, Tensor):
+        raise DataError(
+            "the targets hold the teacher's largest probabilities only; whole logits are needed for "
+            "a distance of logits: teach with logits_kept null"
+        )
+    return targets.logits
 
 
 def _per_row(values_A: Tensor, row_A: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from seekr.batch_targets import BatchTargets
+from seekr.distillation import DistillationProbe
 from seekr.losses import answer_nll
 from seekr.prompts import Batch
 
@@ -45,14 +46,14 @@ class Needs:
 class Outputs:
     """One micro-batch after the forward pass: what losses are made from.
 
-    `targets` is set on replay rows when the method needs a teacher; `log_rows[layer]` is the
-    student's log attention [B, S, Q, T] on the heads and query rows that the targets name.
+    `targets` is set on replay rows when the method needs a teacher; `attention_kl[layer]` is [B, S,
+    Q], the divergence of the student's attention on the heads and query rows that the targets name.
     """
 
     logits_BTV: torch.Tensor
     batch: Batch
     targets: BatchTargets | None = None
-    log_rows: dict[int, torch.Tensor] | None = None
+    attention_kl: dict[int, torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,15 @@ class Method(BaseModel):
     def replay_terms(self, outputs: Outputs) -> Terms:
         """Losses on replayed rows; only called for methods that need replay."""
         raise NotImplementedError(f"method {self.name} asks for replay and defines no replay loss")
+
+    @property
+    def whole_logits(self) -> bool:
+        """Whether the losses need the teacher's logits and not only its likeliest tokens."""
+        return False
+
+    def distillation(self, targets: BatchTargets) -> DistillationProbe | None:
+        """Return the probe to run a replay micro-batch under; None for methods without heads."""
+        return None
 
     def loss_settings(self) -> dict[str, Any]:
         """The fields that change what a training step with replay computes."""

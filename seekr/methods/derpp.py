@@ -26,6 +26,10 @@ class DERpp(Method):
     logit_shift: bool = True
     """False distils the official SEEKR code's positions, one token too late."""
 
+    @property
+    def whole_logits(self) -> bool:
+        return self.logit_loss == "mse"
+
     def replay_terms(self, outputs: Outputs) -> Terms:
         assert outputs.targets is not None
         nll_B, _ = answer_nll(outputs.logits_BTV, outputs.batch.labels_BT)

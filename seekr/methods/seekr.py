@@ -6,7 +6,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from seekr.attention_kl import Reduction, attention_kl, reduce_attention_kl
+from seekr.attention_kl import Reduction, reduce_attention_kl
+from seekr.batch_targets import BatchTargets
+from seekr.distillation import DistillationProbe
 from seekr.importance import Definition, Rule
 from seekr.losses import answer_nll, logit_kl
 from seekr.methods.contract import Method, Needs, Outputs, Term, Terms
@@ -55,18 +57,20 @@ class SEEKR(Method):
     def loss_settings(self) -> dict[str, Any]:
         return super().loss_settings() | {"logit_weight": self._logit_weight}
 
+    def distillation(self, targets: BatchTargets) -> DistillationProbe:
+        return DistillationProbe(
+            targets.heads_by_layer,
+            targets.positions_BQ,
+            targets.attention,
+            epsilon=self.attention_epsilon,
+        )
+
     def replay_terms(self, outputs: Outputs) -> Terms:
-        targets, log_rows = outputs.targets, outputs.log_rows
-        assert targets is not None and log_rows is not None
+        targets, kl_by_layer = outputs.targets, outputs.attention_kl
+        assert targets is not None and kl_by_layer is not None
         nll_B, _ = answer_nll(outputs.logits_BTV, outputs.batch.labels_BT)
         logits_B, _ = logit_kl(outputs.logits_BTV, targets)
-        kl = {
-            layer: attention_kl(
-                rows, log_rows[layer], targets.valid[layer], epsilon=self.attention_epsilon
-            )
-            for layer, rows in targets.teacher_rows.items()
-        }
-        attention_B = reduce_attention_kl(kl, targets.valid, self.attention_reduction)
+        attention_B = reduce_attention_kl(kl_by_layer, targets.valid, self.attention_reduction)
         return {
             "replay": Term(weight=self.replay_weight, total=nll_B.sum(), per="replay_tokens"),
             "logits": Term(weight=self._logit_weight, total=logits_B.sum(), per="replay_tokens"),

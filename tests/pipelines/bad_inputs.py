@@ -439,3 +439,23 @@ def a_storage_that_is_not_supported(values: Values, folder: Path) -> None:
 @case("ray.num_cpu: unknown field; did you mean 'num_cpus'?")
 def a_misspelt_execution_field(values: Values, folder: Path) -> None:
     values["ray"] = {"num_cpu": 2}
+
+
+@case("teach.logits_kept: must be null", "method derpp", "whole logits", "found 64")
+def a_distance_of_logits_that_are_not_kept_whole(values: Values, folder: Path) -> None:
+    values["method"] = {"name": "derpp", "logit_loss": "mse"}
+
+
+@case("teach.logits_kept", "greater than or equal to 1", "found 0")
+def no_logit_kept(values: Values, folder: Path) -> None:
+    values["teach"] = {"logits_kept": 0}
+
+
+@case("teach.bits", "16 or 32", "found 8")
+def bits_that_are_not_there(values: Values, folder: Path) -> None:
+    values["teach"] = {"bits": 8}
+
+
+@case("teach.dtype: unknown field", "bits", "logits_kept")
+def a_setting_of_earlier_versions(values: Values, folder: Path) -> None:
+    values["teach"] = {"dtype": "float16"}

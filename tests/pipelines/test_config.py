@@ -17,6 +17,7 @@ from pipelines.config import (
     RayConfig,
     Section,
     StreamConfig,
+    TeachConfig,
     TrackingConfig,
     TrainConfig,
     identity,
@@ -112,7 +113,7 @@ def test_overrides_are_yaml_values_and_the_last_one_wins(tmp_path: Path) -> None
         "train.epochs=2",
         "train.epochs=3",
         "data.columns.input=q",
-        "method={name: derpp, logit_loss: mse}",
+        "method={name: derpp, replay_weight: 0.25}",
         "tasks.1.metric=exact_match",
     ]
     config = load_config(path, overrides)
@@ -199,6 +200,23 @@ def test_identity_of_training_is_what_changes_its_result() -> None:
         "checkpoint_every",
         "max_failures",
     }
+
+
+def test_a_method_that_compares_whole_logits_needs_them_kept(tmp_path: Path) -> None:
+    path = write(tmp_path, method={"name": "derpp", "logit_loss": "mse"})
+    for overrides, found in (((), 64), (("teach.bits=32",), 64), (("teach.logits_kept=8",), 8)):
+        with pytest.raises(ConfigError, match=rf"teach\.logits_kept: must be null.*found {found}$"):
+            load_config(path, overrides)
+    assert load_config(path, ["teach.logits_kept=null"]).teach.logits_kept is None
+    assert load_config(path, ["method.logit_loss=kl"]).teach.logits_kept == 64
+    # What is wrong elsewhere is told as well, and not hidden by this.
+    with pytest.raises(ConfigError) as raised:
+        load_config(path, ["train.epochs=two", "teach.batch_size=0"])
+    assert "train.epochs" in str(raised.value) and "teach.batch_size" in str(raised.value)
+
+
+def test_identity_of_teaching_is_what_a_target_holds() -> None:
+    assert identity(TeachConfig()) == {"logits_kept": 64, "attention_kept": 24, "bits": 16}
 
 
 def test_a_config_survives_the_way_to_the_workers(tmp_path: Path) -> None:

@@ -168,7 +168,9 @@ IDENTITY: dict[str, set[str]] = {
     "tasks.1.truncate=head": {f"ingest/{SECOND}"},
     "tasks.1.train_rows=20": {f"ingest/{SECOND}"},
     "data.max_length=40": {"ingest"},
-    "teach.dtype=float16": {"teach"},
+    "teach.bits=32": {"teach"},
+    "teach.logits_kept=null": {"teach"},
+    "teach.attention_kept=3": {"teach"},
     "model.dtype=bfloat16": {"train", "score", "teach", "evaluate"},
     "seed=1": {"sample", "train", "score", "teach"},
 }
@@ -284,6 +286,16 @@ def test_whoever_teaches_a_task_is_the_model_right_after_it_with_the_newest_head
     assert str(taught["teacher"]) == f"train/{FIRST}"
     assert str(taught["replay"]) == f"sample/{FIRST}"
     assert str(taught["heads"]) == f"select/{THIRD}"
+
+
+def test_what_a_target_does_not_hold_does_not_bear_on_it(draw: Draw) -> None:
+    derpp = draw(METHODS["derpp"])
+    assert not changed(derpp, draw(METHODS["derpp"], "teach.attention_kept=3"))
+    few = draw(METHODS["derpp"], "teach.logits_kept=3")
+    assert touched(derpp, few) == names(derpp, "teach")
+    for name in ("seqft", "replay"):
+        settings = ("teach.logits_kept=3", "teach.attention_kept=3", "teach.bits=32")
+        assert draw(METHODS[name]) == draw(METHODS[name], *settings)
 
 
 def test_frozen_heads_are_taught_once(draw: Draw) -> None:
