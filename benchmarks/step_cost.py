@@ -1,0 +1,343 @@
+"""What attention distillation adds to a replay step (`python -m benchmarks.step_cost`).
+
+One replay row, forward and backward, no optimizer step (it would only dilute the ratio), four ways,
+interleaved in one process:
+
+    plain         SDPA and the answer's NLL: what plain replay does
+    rows_100      SEEKR with 100 query rows per head: the stored target is decoded and placed inside the timed step
+    rows_all      SEEKR with all query rows, the teacher given as queries and keys
+    stored_all    SEEKR with all query rows, from a stored target of 24 entries per row
+    materialised  distilled layers form their maps, as the official code does; teacher maps are at hand
+
+Predictions: a replay step of n tokens costs about 6 n per parameter; 100 rows of 24 heads visit 100 x n / 2
+entries per head and cost next to nothing; all rows visit n^2 / 2 entries, four matrix products of head size and
+two exponentials each, so 1.1x to 1.3x at 2048 tokens here. Memory: two numbers per row, so nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from benchmarks.machine import describe
+from seekr.attention import Observation, probing, register
+from seekr.attention_kl import TeacherPair, reduce_attention_kl
+from seekr.batch_targets import collate_targets
+from seekr.distillation import DistillationProbe
+from seekr.losses import answer_nll, logit_kl
+from seekr.prompts import Batch, TokenizedRow, collate
+from seekr.sampling import query_positions
+from seekr.teacher import Keep, place_positions, teach_batch
+from seekr.teacher_store import decode_target, encode_target
+
+VARIANTS = ("plain", "rows_100", "rows_all", "stored_all", "materialised")
+RESULT = Path(__file__).parent / "results" / "step_cost.json"
+LOGIT_WEIGHT, ATTENTION_WEIGHT = 0.5, 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model, and how many of its layers and heads per layer are distilled."""
+
+    layers: int
+    width: int
+    heads: int
+    groups: int
+    inner: int
+    vocab: int
+    distilled_layers: int
+    distilled_heads: tuple[int, ...]
+
+
+SHAPES = {
+    "small": Shape(8, 512, 8, 8, 1376, 4096, 6, (4,) * 6),
+    "small-gqa": Shape(8, 512, 8, 2, 1376, 4096, 6, (4,) * 6),
+    "7b": Shape(32, 4096, 32, 32, 11008, 32000, 24, (6,) * 8 + (5,) * 16),
+}
+
+
+def build(shape: Shape, attention: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a random Llama of this shape; one seed, so every process has the same."""
+    register()
+    AttentionInterface.register("materialised", _materialising_attention)
+    AttentionMaskInterface.register("materialised", sdpa_mask)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
+        max_position_embeddings=8192,
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    return model.train()
+
+
+def heads_of(shape: Shape) -> dict[int, tuple[int, ...]]:
+    """Return the distilled heads: the last layers, every other head."""
+    first = shape.layers - shape.distilled_layers
+    return {
+        first + index: tuple(head * shape.heads // count for head in range(count))
+        for index, count in enumerate(shape.distilled_heads)
+    }
+
+
+def replay_row(shape: Shape, tokens: int) -> TokenizedRow:
+    """Return random tokens, the last eighth of them the answer."""
+    ids = np.random.default_rng(1).integers(1, shape.vocab, size=tokens).astype(np.int32)
+    return TokenizedRow(
+        row_id="row", input="", references=("",), input_ids=ids, prompt_length=tokens - tokens // 8
+    )
+
+
+def _materialising_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The usual way: whole maps of all heads where a layer is distilled, SDPA elsewhere."""
+    wanted = getattr(module, "wanted_heads", None)
+    if wanted is None:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)  # pyright: ignore
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
+    scores = (query @ key.transpose(-1, -2) * scaling).masked_fill(future, -torch.inf)
+    maps = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    module.maps = maps[:, wanted]  # pyright: ignore
+    return (maps @ value).transpose(1, 2), None
+
+
+class _Capture:
+    """Keeps the teacher's queries and keys of the distilled heads."""
+
+    def __init__(self, heads: dict[int, tuple[int, ...]]) -> None:
+        self.layers = frozenset(heads)
+        self._heads = heads
+        self.pairs: dict[int, TeacherPair] = {}
+
+    def observe(self, seen: Observation) -> None:
+        heads = list(self._heads[seen.layer])
+        ratio = seen.query_BHTD.shape[1] // seen.key_BGTD.shape[1]
+        query = seen.query_BHTD[:, heads].detach().clone()
+        self.pairs[seen.layer] = TeacherPair(
+            query_BSQD=query,
+            key_BSTD=seen.key_BGTD[:, [head // ratio for head in heads]].detach().clone(),
+            scaling=seen.scaling,
+            valid_BSQ=torch.ones(query.shape[:3], dtype=torch.bool, device=query.device),
+        )
+
+
+def step_of(
+    variant: str, model: PreTrainedModel, batch: Batch, heads: dict[int, tuple[int, ...]]
+) -> Callable[[], None]:
+    """Prepare one variant's targets and return its timed step."""
+    if variant == "plain":
+        return lambda: _backward(_nll(_logits(model, batch), batch))
+    if variant == "materialised":
+        return _materialised(model, batch, heads)
+    length = int(batch.lengths_B[0])
+    budget = 100 if variant == "rows_100" else None
+    positions = [query_positions(0, "row", length, budget)]
+    keep = Keep(logits=64, attention=24)
+    stored_heads = None if variant == "rows_all" else heads
+    with torch.no_grad():
+        (target,) = teach_batch(model, batch, stored_heads, positions, logits=True, keep=keep)
+        capture = _Capture(heads)
+        if variant == "rows_all":
+            with probing(model, capture):
+                _logits(model, batch)
+    data = encode_target(target)
+    everything = place_positions(positions, batch)
+
+    def step() -> None:
+        targets = collate_targets([decode_target(data)], batch)
+        probe = DistillationProbe(
+            heads,
+            everything if variant == "rows_all" else targets.positions_BQ,
+            capture.pairs if variant == "rows_all" else targets.attention,
+        )
+        with probing(model, probe):
+            logits = _logits(model, batch)
+            valid = {layer: torch.ones_like(kl).bool() for layer, kl in probe.kl_by_layer.items()}
+            attention = reduce_attention_kl(probe.kl_by_layer, valid).mean()
+            _backward(
+                _nll(logits, batch)
+                + LOGIT_WEIGHT * logit_kl(logits, targets)[0].mean()
+                + ATTENTION_WEIGHT * attention
+            )
+
+    return step
+
+
+def _materialised(
+    model: PreTrainedModel, batch: Batch, heads: dict[int, tuple[int, ...]]
+) -> Callable[[], None]:
+    modules = {layer: model.model.layers[layer].self_attn for layer in heads}
+    for layer, module in modules.items():
+        module.wanted_heads = list(heads[layer])
+    with torch.no_grad():
+        logits = _logits(model, batch)
+        teacher = {layer: module.maps.clone() for layer, module in modules.items()}
+        answers = (batch.labels_BT != -100).nonzero(as_tuple=True)
+        soft = logits[answers[0], answers[1] - 1].float().softmax(dim=-1)
+
+    def step() -> None:
+        logits = _logits(model, batch)
+        parts = []
+        for layer, module in modules.items():
+            t = teacher[layer].float()
+            parts.append(
+                (t * (t.clamp(min=1e-8).log() - (module.maps + 1e-8).log())).sum(-1).mean()
+            )
+        student = logits[answers[0], answers[1] - 1].float().log_softmax(dim=-1)
+        kl = -(soft * student).sum(dim=-1).mean()
+        attention = torch.stack(parts).mean()
+        _backward(_nll(logits, batch) + LOGIT_WEIGHT * kl + ATTENTION_WEIGHT * attention)
+        for module in modules.values():
+            del module.maps
+
+    return step
+
+
+def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    return model(input_ids=batch.input_ids_BT, use_cache=False).logits
+
+
+def _nll(logits_BTV: Tensor, batch: Batch) -> Tensor:
+    nll_B, count_B = answer_nll(logits_BTV, batch.labels_BT)
+    return nll_B.sum() / count_B.sum()
+
+
+def _backward(loss: Tensor) -> None:
+    loss.backward()
+
+
+def prepare(
+    variant: str, tokens: int, args: argparse.Namespace
+) -> tuple[Callable[[], None], nn.Module]:
+    shape = SHAPES[args.shape]
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    attention = "materialised" if variant == "materialised" else "seekr"
+    model = build(shape, attention, args.device, dtype)
+    batch = collate([replay_row(shape, tokens)], pad_id=0).to(args.device)
+    return step_of(variant, model, batch, heads_of(shape)), model
+
+
+def timed(step: Callable[[], None], model: nn.Module, device: str) -> float:
+    """Seconds of one step; gradients are dropped before, outside the clock."""
+    model.zero_grad(set_to_none=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_times(tokens: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds per variant, all variants in turn, `rounds` times after one warm-up."""
+    steps = {name: prepare(name, tokens, args) for name in args.variants}
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(args.rounds + 1):
+        for name, (step, model) in steps.items():
+            seconds = timed(step, model, args.device)
+            model.zero_grad(set_to_none=True)
+            if turn:
+                found[name].append(seconds)
+    return found
+
+
+def peak_memory(variant: str, tokens: int, args: argparse.Namespace) -> int:
+    """Peak bytes of a process that only does this variant's steps."""
+    command = [sys.executable, "-m", "benchmarks.step_cost", "--peak", variant]
+    command += ["--tokens", str(tokens), "--shape", args.shape, "--device", args.device]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak(args: argparse.Namespace) -> None:
+    step, model = prepare(args.peak, args.tokens[0], args)
+    gc.collect()
+    for _ in range(2):
+        timed(step, model, args.device)
+    if args.device == "cuda":
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        return print_peak(args)
+    cells = []
+    table = Table("tokens", "variant", "seconds", "ratio", "spread", "peak MB", "ratio")
+    for tokens in args.tokens:
+        times = measure_times(tokens, args)
+        peaks = {} if args.no_memory else {n: peak_memory(n, tokens, args) for n in times}
+        for name, seconds in times.items():
+            ratios = [own / plain for own, plain in zip(seconds, times["plain"], strict=True)]
+            cell = {
+                "tokens": tokens,
+                "variant": name,
+                "seconds": statistics.median(seconds),
+                "ratio": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+            }
+            if peaks:
+                cell |= {"peak_bytes": peaks[name], "memory_ratio": peaks[name] / peaks["plain"]}
+            cells.append(cell)
+            memory = [f"{peaks[name] / 1e6:.0f}", f"{cell['memory_ratio']:.3f}"] if peaks else []
+            spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
+            table.add_row(
+                str(tokens), name, f"{cell['seconds']:.3f}", f"{cell['ratio']:.3f}", spread, *memory
+            )
+    Console().print(table)
+    settings = {"shape": args.shape, "device": args.device, "rounds": args.rounds}
+    args.out.write_text(json.dumps(describe() | settings | {"cells": cells}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
