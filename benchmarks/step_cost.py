@@ -1,25 +1,24 @@
 """What attention distillation adds to a replay step (`python -m benchmarks.step_cost`).
 
-One replay row, forward and backward, no optimizer step (it would only dilute the ratio), four ways,
-interleaved in one process:
+One replay row, forward and backward, no optimizer step (it would only dilute the ratio), interleaved
+in one process:
 
     plain         SDPA and the answer's NLL: what plain replay does
-    rows_100      SEEKR with 100 query rows per head: the stored target is decoded and placed inside the timed step
+    rows_100      SEEKR with 100 query rows per head; the timed step decodes and places the target too
     rows_all      SEEKR with all query rows, the teacher given as queries and keys
     stored_all    SEEKR with all query rows, from a stored target of 24 entries per row
-    materialised  distilled layers form their maps, as the official code does; teacher maps are at hand
+    materialised  distilled layers form their maps, as the official code does; teacher maps at hand
 
-Predictions: a replay step of n tokens costs about 6 n per parameter; 100 rows of 24 heads visit 100 x n / 2
-entries per head and cost next to nothing; all rows visit n^2 / 2 entries, four matrix products of head size and
-two exponentials each, so 1.1x to 1.3x at 2048 tokens here. Memory: two numbers per row, so nothing.
+Predictions: 100 rows visit 100 n / 2 entries per head, next to nothing beside a replay step. All rows
+visit n^2 / 2, with four matrix products of head size and two exponentials each: 1.1x to 1.3x at 2048
+tokens here. Memory: two numbers per row, so nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -43,12 +42,13 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, reset_peak_memory
+from benchmarks.machine import peak_memory as peak_of_process
 from seekr.attention import Observation, probing, register
 from seekr.attention_kl import TeacherPair, reduce_attention_kl
 from seekr.batch_targets import collate_targets
 from seekr.distillation import DistillationProbe
-from seekr.losses import answer_nll, logit_kl
+from seekr.losses import AnswerLogits, answer_nll, logit_kl
 from seekr.prompts import Batch, TokenizedRow, collate
 from seekr.sampling import query_positions
 from seekr.teacher import Keep, place_positions, teach_batch
@@ -189,7 +189,7 @@ def step_of(
             capture.pairs if variant == "rows_all" else targets.attention,
         )
         with probing(model, probe):
-            logits = _logits(model, batch)
+            logits = AnswerLogits(_logits(model, batch))
             valid = {layer: torch.ones_like(kl).bool() for layer, kl in probe.kl_by_layer.items()}
             attention = reduce_attention_kl(probe.kl_by_layer, valid).mean()
             _backward(
@@ -235,8 +235,8 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(input_ids=batch.input_ids_BT, use_cache=False).logits
 
 
-def _nll(logits_BTV: Tensor, batch: Batch) -> Tensor:
-    nll_B, count_B = answer_nll(logits_BTV, batch.labels_BT)
+def _nll(logits: Tensor | AnswerLogits, batch: Batch) -> Tensor:
+    nll_B, count_B = answer_nll(logits, batch.labels_BT)
     return nll_B.sum() / count_B.sum()
 
 
@@ -284,18 +284,21 @@ def peak_memory(variant: str, tokens: int, args: argparse.Namespace) -> int:
     """Peak bytes of a process that only does this variant's steps."""
     command = [sys.executable, "-m", "benchmarks.step_cost", "--peak", variant]
     command += ["--tokens", str(tokens), "--shape", args.shape, "--device", args.device]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # Every tensor gets pages of its own, so that what is resident is what is alive.
+    pages = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | pages
+    )
+    return int(done.stdout)
 
 
 def print_peak(args: argparse.Namespace) -> None:
     step, model = prepare(args.peak, args.tokens[0], args)
-    gc.collect()
+    cuda = args.device == "cuda"
+    torch.cuda.reset_peak_memory_stats() if cuda else reset_peak_memory()
     for _ in range(2):
         timed(step, model, args.device)
-    if args.device == "cuda":
-        print(torch.cuda.max_memory_allocated())
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(torch.cuda.max_memory_allocated() if cuda else peak_of_process())
 
 
 def main() -> None:

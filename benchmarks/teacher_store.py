@@ -1,12 +1,13 @@
 """Bytes per replay row against what training gets from them (`python -m benchmarks.teacher_store`).
 
-A small model learns the standard library's source (the old task), its copy then drifts on prose (the new
-task). For rows of the old task, the drifted model's gradient of SEEKR's whole replay loss is taken with the
-teacher's exact targets and with stored ones, over all parameters. Rows have the shape of a 7B model's: 1024 tokens,
-vocabulary 32000, 128 heads, 100 query rows.
+A small model learns the standard library's source (the old task), its copy then drifts on prose (the
+new task). For rows of the old task, the drifted model's gradient of SEEKR's whole replay loss is taken
+with the teacher's exact targets and with stored ones, over all parameters. Rows have the shape of a 7B
+model's: 1024 tokens, vocabulary 32000, 128 heads, 100 query rows.
 
-Prediction: what a missing entry costs is its probability squared, and attention is concentrated, so about 20 entries per
-row should do (of 512 possible on average), at 2 bytes of probability and about 1 of position: 0.8 MB per row.
+Prediction: what a missing entry costs is its probability squared, and attention is concentrated, so
+about 20 entries per row should do (of 512 possible on average), at 2 bytes of probability and about 1
+of position: 0.8 MB per row.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,25 +50,45 @@ DEFAULT = Keep(logits=64, attention=24)
 PARTS = ("whole", "attention", "logits")
 
 
-def models(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[int, PreTrainedModel], dict]:
-    """Return the teacher, students by steps of drift, and the two token runs; cached in a folder."""
+def load_teacher(args: argparse.Namespace) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the teacher, and its loss and the two token runs; both cached in a folder."""
     args.cache.mkdir(parents=True, exist_ok=True)
-    tokens_file = args.cache / "tokens.npz"
+    tokens_file, weights = args.cache / "tokens.npz", args.cache / "teacher.pt"
     if not tokens_file.exists():
         np.savez(tokens_file, **code_model.tokenize())
     tokens = dict(np.load(tokens_file))
     teacher = code_model.fresh_model()
-    weights = args.cache / "teacher.pt"
     if not weights.exists():
         loss = code_model.train(teacher, tokens["code"], rate=2e-3, seed=0, minutes=args.minutes)
         torch.save({"weights": teacher.state_dict(), "loss": loss}, weights)
     saved = torch.load(weights, weights_only=True)
     teacher.load_state_dict(saved["weights"])
-    students: dict[int, PreTrainedModel] = {}
-    for steps in args.drift:
-        students[steps] = copy.deepcopy(teacher)
-        code_model.train(students[steps], tokens["prose"], rate=args.rate, seed=1, steps=steps)
-    return teacher, students, tokens | {"loss": saved["loss"]}
+    return teacher, tokens | {"loss": saved["loss"]}
+
+
+def drifted(
+    teacher: PreTrainedModel, tokens: dict[str, Any], steps: int, rate: float, *, seekr: bool
+) -> PreTrainedModel:
+    """Return the teacher after some steps on prose: plain fine-tuning, or SEEKR with exact targets.
+
+    SEEKR replays one of four rows in each step. They are not the rows that are measured.
+    """
+    student = copy.deepcopy(teacher)
+    replay = code_model.rows(tokens["code"], LENGTH, 4 if seekr else 0, seed=3)
+    targets = [exact_target(teacher, row) for row in replay]
+    prose = code_model.rows(tokens["prose"], LENGTH, steps, seed=4)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=rate)
+    for step, row in enumerate(prose):
+        ids = collate([row], 0).input_ids_BT
+        student(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        if seekr:
+            batch, target = collate([replay[step % 4]], 0), targets[step % 4]
+            _, parts = replay_losses(student, batch, target)
+            sum(parts.values(), torch.zeros(())).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return student
 
 
 def heads() -> dict[int, tuple[int, ...]]:
@@ -111,7 +133,7 @@ def thinned(target: TeacherTarget, keep: Keep, per_row: bool = False) -> Teacher
 
 
 def eight_bits(target: TeacherTarget) -> tuple[TeacherTarget, int]:
-    """Return a target whose attention entries are all kept, with 8 bits and a scale per row; and bytes."""
+    """Return a target with all attention entries in 8 bits, a scale per row; and its bytes."""
     assert target.attention is not None
     dense = target.attention.dense_RC(target.length)
     scale = dense.amax(dim=1, keepdim=True)
@@ -128,31 +150,36 @@ def eight_bits(target: TeacherTarget) -> tuple[TeacherTarget, int]:
     ), size + 4 * len(dense)
 
 
-def gradients(student: PreTrainedModel, batch: Batch, target: TeacherTarget) -> dict[str, Tensor]:
-    """Return the gradient over all parameters: of the whole replay loss, and of its two distillations."""
+def replay_losses(
+    student: PreTrainedModel, batch: Batch, target: TeacherTarget
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Return SEEKR's loss terms on one replay row: bare, and with their weights."""
     method = SEEKR()
     targets = collate_targets([target], batch)
     probe = method.distillation(targets)
     with probing(student, probe):
         logits = student(input_ids=batch.input_ids_BT, use_cache=False).logits
-        outputs = Outputs(
-            logits_BTV=logits, batch=batch, targets=targets, attention_kl=probe.kl_by_layer
-        )
-        terms = method.replay_terms(outputs)
-        tokens = int(answer_nll(logits.detach(), batch.labels_BT)[1].sum())
-        count = {"replay_tokens": tokens, "replay_rows": 1}
-        parts = {name: term.weight * term.total / count[term.per] for name, term in terms.items()}
-        parameters = list(student.parameters())
-        found = {}
-        for name in ("replay", "attention", "logits"):
-            grads = torch.autograd.grad(
-                parts[name], parameters, retain_graph=True, allow_unused=True
-            )
-            flat = [
-                torch.zeros_like(p).flatten() if g is None else g.flatten()
-                for g, p in zip(grads, parameters, strict=True)
-            ]
-            found[name] = torch.cat(flat)
+    outputs = Outputs(
+        logits_BTV=logits, batch=batch, targets=targets, attention_kl=probe.kl_by_layer
+    )
+    tokens = int(answer_nll(logits.detach(), batch.labels_BT)[1].sum())
+    count = {"replay_tokens": tokens, "replay_rows": 1}
+    terms = method.replay_terms(outputs)
+    bare = {name: float(term.total.detach()) / count[term.per] for name, term in terms.items()}
+    return bare, {name: t.weight * t.total / count[t.per] for name, t in terms.items()}
+
+
+def gradients(student: PreTrainedModel, batch: Batch, target: TeacherTarget) -> dict[str, Tensor]:
+    """Return the gradient over all parameters: of the replay loss, and of its distillations."""
+    _, parts = replay_losses(student, batch, target)
+    parameters, found = list(student.parameters()), {}
+    for name in ("replay", "attention", "logits"):
+        grads = torch.autograd.grad(parts[name], parameters, retain_graph=True, allow_unused=True)
+        flat = [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for g, p in zip(grads, parameters, strict=True)
+        ]
+        found[name] = torch.cat(flat)
     found["whole"] = found.pop("replay") + found["attention"] + found["logits"]
     return found
 
@@ -181,39 +208,48 @@ def _stored(target: TeacherTarget, bits: int = 16) -> tuple[TeacherTarget, int]:
     return decode_target(data), len(data)
 
 
-def measure(args: argparse.Namespace) -> dict:
-    teacher, students, tokens = models(args)
-    rows = code_model.rows(tokens["code"], LENGTH, args.rows, seed=2)
-    cells: dict[tuple, dict] = {}
-    for row in rows:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Every variant on every row and student."""
+    teacher, tokens = load_teacher(args)
+    students = {
+        f"{'SEEKR' if seekr else 'plain'}, {args.steps} steps": drifted(
+            teacher, tokens, args.steps, args.rate, seekr=seekr
+        )
+        for seekr in (True, False)
+    }
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    losses: dict[str, list[dict[str, float]]] = {}
+    exact_bytes = 0
+    for row in code_model.rows(tokens["code"], LENGTH, args.rows, seed=2):
         exact, batch = exact_target(teacher, row), collate([row], 0)
-        true = {drift: gradients(student, batch, exact) for drift, student in students.items()}
-        for kind, keep, target, size in variants(exact):
-            key = (kind, keep.logits, keep.attention)
-            cell = cells.setdefault(key, {"bytes": [], "cosine": {}})
-            cell["bytes"].append(size)
-            for drift, student in students.items():
+        exact_bytes = len(encode_target(exact, 32))
+        for name, student in students.items():
+            losses.setdefault(name, []).append(replay_losses(student, batch, exact)[0])
+            true = gradients(student, batch, exact)
+            for kind, keep, target, size in variants(exact):
+                cell = cells.setdefault((kind, keep.logits, keep.attention), {"bytes": size})
                 found = gradients(student, batch, target)
                 for part in PARTS:
-                    name = f"{part} after {drift} steps"
-                    cell["cosine"].setdefault(name, []).append(
-                        cosine(found[part], true[drift][part])
-                    )
+                    key = f"{part}: {name}"
+                    cell.setdefault(key, []).append(cosine(found[part], true[part]))
         print(f"row {row.row_id} done", flush=True)
     return {
         "teacher_loss": tokens["loss"],
-        "exact_bytes": len(encode_target(exact, 32)),
-        "cells": [
-            {
-                "kind": kind,
-                "logits_kept": logits,
-                "attention_kept": attention,
-                "bytes": statistics.mean(cell["bytes"]),
-                "cosine": {name: statistics.mean(v) for name, v in cell["cosine"].items()},
-                "cosine_min": {name: min(v) for name, v in cell["cosine"].items()},
-            }
-            for (kind, logits, attention), cell in cells.items()
-        ],
+        "losses_of_students": losses,
+        "exact_bytes": exact_bytes,
+        "cells": [_summary(key, cell) for key, cell in cells.items()],
+    }
+
+
+def _summary(key: tuple[Any, ...], cell: dict[str, Any]) -> dict[str, Any]:
+    cosines = {name: values for name, values in cell.items() if name != "bytes"}
+    return {
+        "kind": key[0],
+        "logits_kept": key[1],
+        "attention_kept": key[2],
+        "bytes": cell["bytes"],
+        "cosine": {name: statistics.mean(values) for name, values in cosines.items()},
+        "cosine_min": {name: min(values) for name, values in cosines.items()},
     }
 
 
@@ -231,8 +267,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path("teacher-store-cache"))
     parser.add_argument("--minutes", type=float, default=10.0, help="of training the teacher")
-    parser.add_argument("--drift", type=int, nargs="+", default=[10, 100], help="steps on prose")
-    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the drift")
+    parser.add_argument("--steps", type=int, default=30, help="of the students on prose")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of the students")
     parser.add_argument("--rows", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()

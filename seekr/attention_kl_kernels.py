@@ -15,7 +15,8 @@ Imported only where triton is; TRITON_INTERPRET decides at import how the kernel
 """
 
 # A type checker does not know what Triton's compiler makes of constants.
-# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

@@ -40,23 +40,49 @@ def answer_positions(labels_BT: Tensor, *, shift: bool = True) -> tuple[Tensor, 
     return row_A, position_A
 
 
-def answer_nll(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+class AnswerLogits:
+    """Logits [B,T,V], read at few positions, in float32 or better.
+
+    Losses that read the same positions share one reading. Backward makes a [B,T,V] gradient of each
+    reading, which is most of the memory that a second loss would take.
+    """
+
+    def __init__(self, logits_BTV: Tensor) -> None:
+        self.logits_BTV = logits_BTV
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def at(self, row_A: Tensor, position_A: Tensor) -> Tensor:
+        """Return the logits [A,V] of batch rows `row_A` at padded positions `position_A`."""
+        if self._last is not None:
+            row, position, known_AV = self._last
+            if torch.equal(row, row_A) and torch.equal(position, position_A):
+                return known_AV
+        logits_AV = self.logits_BTV[row_A, position_A].to(exact_dtype(self.logits_BTV.dtype))
+        self._last = (row_A, position_A, logits_AV)
+        return logits_AV
+
+
+def _reader(logits: Tensor | AnswerLogits) -> AnswerLogits:
+    return logits if isinstance(logits, AnswerLogits) else AnswerLogits(logits)
+
+
+def answer_nll(logits: Tensor | AnswerLogits, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of the answer tokens.
 
     Args:
-        logits_BTV: At least as wide as the labels; any float dtype.
+        logits: [B,T,V], at least as wide as the labels; any float dtype.
         labels_BT: Token ids, -100 where no loss is taken.
 
     Returns:
         Sum per batch row [B] in float32 (float64 for float64 logits), and number of tokens [B].
     """
     row_A, position_A = answer_positions(labels_BT)
-    logits_AV = logits_BTV[row_A, position_A].to(exact_dtype(logits_BTV.dtype))
+    logits_AV = _reader(logits).at(row_A, position_A)
     nll_A = functional.cross_entropy(logits_AV, labels_BT[row_A, position_A + 1], reduction="none")
     return _per_row(nll_A, row_A, len(labels_BT))
 
 
-def logit_kl(logits_BTV: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor]:
+def logit_kl(logits: Tensor | AnswerLogits, targets: BatchTargets) -> tuple[Tensor, Tensor]:
     """KL(teacher || student) over the vocabulary at the targets' positions, equation (3).
 
     Where the teacher kept only its largest probabilities, all others count as one outcome.
@@ -67,14 +93,14 @@ def logit_kl(logits_BTV: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor]
     Raises:
         DataError: teacher and student have vocabularies of different size.
     """
-    log_student_AV = _student(logits_BTV, targets).log_softmax(dim=-1)
+    log_student_AV = _student(_reader(logits), targets).log_softmax(dim=-1)
     if isinstance(targets.logits, SparseRows):
         kl_A = _sparse_kl(targets.logits, log_student_AV)
     else:
         log_teacher_AV = _whole(targets).to(log_student_AV.dtype).log_softmax(dim=-1)
         kl_AV = functional.kl_div(log_student_AV, log_teacher_AV, reduction="none", log_target=True)
         kl_A = kl_AV.sum(dim=-1)
-    return _per_row(kl_A, targets.logit_row_A, len(logits_BTV))
+    return _per_row(kl_A, targets.logit_row_A, len(_reader(logits).logits_BTV))
 
 
 def _sparse_kl(teacher: SparseRows, log_student_AV: Tensor) -> Tensor:
@@ -98,7 +124,7 @@ def _sparse_kl(teacher: SparseRows, log_student_AV: Tensor) -> Tensor:
     return kl_A + torch.xlogy(tail_A, tail_A) - tail_A * log_rest_A
 
 
-def logit_mse(logits_BTV: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor]:
+def logit_mse(logits: Tensor | AnswerLogits, targets: BatchTargets) -> tuple[Tensor, Tensor]:
     """Squared difference of logits, averaged over the vocabulary (DER++).
 
     Returns:
@@ -108,14 +134,14 @@ def logit_mse(logits_BTV: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor
         DataError: teacher and student have vocabularies of different size, or the teacher kept only
             its largest probabilities.
     """
-    student_AV = _student(logits_BTV, targets)
+    student_AV = _student(_reader(logits), targets)
     mse_A = (student_AV - _whole(targets).to(student_AV.dtype)).square().mean(dim=-1)
-    return _per_row(mse_A, targets.logit_row_A, len(logits_BTV))
+    return _per_row(mse_A, targets.logit_row_A, len(_reader(logits).logits_BTV))
 
 
-def _student(logits_BTV: Tensor, targets: BatchTargets) -> Tensor:
+def _student(student: AnswerLogits, targets: BatchTargets) -> Tensor:
     """Return the student's logits [A,V] at the targets' positions."""
-    logits, vocab_size = targets.logits, logits_BTV.shape[-1]
+    logits, vocab_size = targets.logits, student.logits_BTV.shape[-1]
     if logits is None:
         raise ValueError("the batch carries no logit targets; teach with logits=True")
     if isinstance(logits, Tensor) and logits.shape[-1] != vocab_size:
@@ -123,8 +149,7 @@ def _student(logits_BTV: Tensor, targets: BatchTargets) -> Tensor:
             f"teacher logits have {logits.shape[-1]} entries and the student {vocab_size}; they "
             "must share a vocabulary: teach again with the model that is trained"
         )
-    dtype = exact_dtype(logits_BTV.dtype)
-    return logits_BTV[targets.logit_row_A, targets.logit_position_A].to(dtype)
+    return student.at(targets.logit_row_A, targets.logit_position_A)
 
 
 def _whole(targets: BatchTargets) -> Tensor:

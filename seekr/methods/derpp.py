@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from seekr.losses import answer_nll, logit_kl, logit_mse
+from seekr.losses import AnswerLogits, answer_nll, logit_kl, logit_mse
 from seekr.methods.contract import Method, Needs, Outputs, Term, Terms
 
 
@@ -32,9 +32,10 @@ class DERpp(Method):
 
     def replay_terms(self, outputs: Outputs) -> Terms:
         assert outputs.targets is not None
-        nll_B, _ = answer_nll(outputs.logits_BTV, outputs.batch.labels_BT)
+        logits = AnswerLogits(outputs.logits_BTV)
+        nll_B, _ = answer_nll(logits, outputs.batch.labels_BT)
         distance = logit_kl if self.logit_loss == "kl" else logit_mse
-        logits_B, _ = distance(outputs.logits_BTV, outputs.targets)
+        logits_B, _ = distance(logits, outputs.targets)
         return {
             "replay": Term(weight=self.replay_weight, total=nll_B.sum(), per="replay_tokens"),
             "logits": Term(weight=self.logit_weight, total=logits_B.sum(), per="replay_tokens"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from seekr.batch_targets import BatchTargets, collate_targets
 from seekr.errors import DataError
-from seekr.losses import answer_nll, answer_positions, logit_kl, logit_mse
+from seekr.losses import AnswerLogits, answer_nll, answer_positions, logit_kl, logit_mse
 from seekr.sparse_rows import SparseRows, keep_largest
 from seekr.teacher import Keep, teach_batch
 from tests.seekr import reference, tiny
@@ -303,3 +303,23 @@ def test_a_batch_row_without_a_target_counts_nothing() -> None:
     (all_B, _), (two_B, count_B) = logit_kl(logits, every), logit_kl(logits, two)
     assert count_B.tolist() == [2, 0, 2] and two_B[1] == 0
     assert torch.equal(two_B[[0, 2]], all_B[[0, 2]])
+
+
+def test_losses_that_share_a_reading_of_the_logits_are_the_same_with_the_same_gradient() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([[-100, -100, 3, 1], [-100, 2, 2, -100]])
+    apart = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    shared = apart.detach().clone().requires_grad_()
+    first, _ = answer_nll(apart, labels)
+    second, _ = answer_nll(apart.sin() * 0 + apart, labels)
+    reader = AnswerLogits(shared)
+    third, _ = answer_nll(reader, labels)
+    fourth, _ = answer_nll(reader, labels)
+    row_A, position_A = answer_positions(labels)
+    assert reader.at(row_A, position_A) is reader.at(row_A.clone(), position_A)
+    other = reader.at(*answer_positions(labels, shift=False))
+    assert other.shape == (4, 5) and not torch.equal(other, reader.at(row_A, position_A))
+    (first + 2 * second).sum().backward()
+    (third + 2 * fourth).sum().backward()
+    assert torch.equal(first, third) and torch.equal(second, fourth)
+    torch.testing.assert_close(apart.grad, shared.grad)
