@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -36,7 +36,7 @@ from rich.table import Table
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from benchmarks.machine import describe
+from benchmarks.machine import OWN_PAGES, describe, peak_memory, reset_peak_memory
 from seekr.attention import register, token_positions
 from seekr.importance import score_batch
 from seekr.losses import IGNORE_LABEL, answer_nll, answer_positions
@@ -152,7 +152,9 @@ def measure_memory(tokens: int, args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.scoring", "--peak-of", name]
         command += ["--tokens", str(tokens), "--kv-heads", str(args.kv_heads)]
         command += ["--threads", str(args.threads)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=os.environ | OWN_PAGES
+        )
         peaks[name] = float(done.stdout)
     extra = peaks["scoring"] - peaks["lean"]
     return {
@@ -166,9 +168,11 @@ def measure_memory(tokens: int, args: argparse.Namespace) -> dict[str, Any]:
 def peak_growth(bench: Bench, name: str, tokens: int) -> float:
     """Return by how many MiB a process grows at most while a row goes one way."""
     bench.way(name, 2 * ANSWER)()  # what libraries allocate once
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    bench.way(name, tokens)()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024
+    run = bench.way(name, tokens)
+    reset_peak_memory()
+    start = peak_memory()
+    run()
+    return (peak_memory() - start) / (1 << 20)
 
 
 class _Scorer:

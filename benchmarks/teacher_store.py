@@ -227,7 +227,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             losses.setdefault(name, []).append(replay_losses(student, batch, exact)[0])
             true = gradients(student, batch, exact)
             for kind, keep, target, size in variants(exact):
-                cell = cells.setdefault((kind, keep.logits, keep.attention), {"bytes": size})
+                cell = cells.setdefault((kind, keep.logits, keep.attention), {"bytes": []})
+                cell["bytes"].append(size)
                 found = gradients(student, batch, target)
                 for part in PARTS:
                     key = f"{part}: {name}"
@@ -247,7 +248,7 @@ def _summary(key: tuple[Any, ...], cell: dict[str, Any]) -> dict[str, Any]:
         "kind": key[0],
         "logits_kept": key[1],
         "attention_kept": key[2],
-        "bytes": cell["bytes"],
+        "bytes": statistics.mean(cell["bytes"]),
         "cosine": {name: statistics.mean(values) for name, values in cosines.items()},
         "cosine_min": {name: min(values) for name, values in cosines.items()},
     }

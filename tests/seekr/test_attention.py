@@ -61,9 +61,9 @@ def test_logits_equal_the_reference_attention_and_padding_takes_no_part(name: st
 
 
 def test_registering_twice_changes_nothing() -> None:
-    before = run(tiny.build("llama-gqa"), tiny.batch())
+    before = run(tiny.build("llama2-gqa"), tiny.batch())
     register()
-    assert torch.equal(run(tiny.build("llama-gqa"), tiny.batch()), before)
+    assert torch.equal(run(tiny.build("llama2-gqa"), tiny.batch()), before)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -88,7 +88,7 @@ def test_row_probe_returns_the_rows_of_the_reference_maps(name: str, side) -> No
 
 def test_activation_checkpointing_gives_the_same_gradients_and_keeps_the_first_rows() -> None:
     batch = tiny.batch()
-    plain, checkpointed = tiny.build("llama-gqa").train(), tiny.build("llama-gqa").train()
+    plain, checkpointed = tiny.build("llama2-gqa").train(), tiny.build("llama2-gqa").train()
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
     for model in (plain, checkpointed):
         probe = RowProbe(HEADS, place_positions(QUERIES, batch))
@@ -104,7 +104,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_keeps_the_first_r
 
 def test_checkpointed_backward_outside_probing_fails_loudly() -> None:
     batch = tiny.batch()
-    model = tiny.build("llama-gqa").train()
+    model = tiny.build("llama2-gqa").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     probe = RowProbe(HEADS, place_positions(QUERIES, batch))
     with probing(model, probe):
@@ -116,7 +116,7 @@ def test_checkpointed_backward_outside_probing_fails_loudly() -> None:
 
 def test_reentrant_checkpointing_is_refused_instead_of_losing_the_gradient() -> None:
     batch = tiny.batch()
-    model = tiny.build("llama-gqa").train()
+    model = tiny.build("llama2-gqa").train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     probe = RowProbe(HEADS, place_positions(QUERIES, batch))
     with probing(model, probe), pytest.raises(RuntimeError, match="use_reentrant=False"):
@@ -127,7 +127,7 @@ def test_autocast_does_not_lower_the_precision_of_rows() -> None:
     scores = []
     for enabled in (False, True):
         batch = tiny.batch()
-        model = tiny.build("llama-gqa", exact=False)
+        model = tiny.build("llama2-gqa", exact=False)
         probe = RowProbe({0: (0, 1, 2, 3)}, place_positions(QUERIES, batch))
         with probing(model, probe), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             run(model, batch)
@@ -152,13 +152,13 @@ def test_masked_rows_never_give_nan_values_or_gradients() -> None:
 
 
 def test_probing_needs_the_registered_attention() -> None:
-    model, probe = tiny.build("llama-mha", attention="sdpa"), row_probe()
+    model, probe = tiny.build("llama2-mha", attention="sdpa"), row_probe()
     with pytest.raises(ConfigError, match="attn_implementation='sdpa'"), probing(model, probe):
         pass
 
 
 def test_probing_twice_at_once_is_refused_and_leaves_the_first_attached() -> None:
-    model, first = tiny.build("llama-mha"), row_probe()
+    model, first = tiny.build("llama2-mha"), row_probe()
     with probing(model, first):
         with pytest.raises(RuntimeError, match="already being probed"), probing(model, row_probe()):
             pass
@@ -167,7 +167,7 @@ def test_probing_twice_at_once_is_refused_and_leaves_the_first_attached() -> Non
 
 
 def test_probe_is_detached_after_an_exception() -> None:
-    model, probe = tiny.build("llama-mha"), row_probe()
+    model, probe = tiny.build("llama2-mha"), row_probe()
     with pytest.raises(KeyboardInterrupt), probing(model, probe):
         raise KeyboardInterrupt
     run(model, tiny.batch())
@@ -178,7 +178,7 @@ def test_probe_is_detached_after_an_exception() -> None:
 
 
 def test_unknown_layers_and_heads_are_refused() -> None:
-    model = tiny.build("llama-mha")
+    model = tiny.build("llama2-mha")
     positions_BQ = place_positions(QUERIES, tiny.batch())
     layer, head = RowProbe({9: (0,)}, positions_BQ), RowProbe({0: (4,)}, positions_BQ)
     message = r"layer 9; the model has layers 0\.\.2"
@@ -189,7 +189,7 @@ def test_unknown_layers_and_heads_are_refused() -> None:
 
 
 def test_additive_masks_and_cached_keys_are_refused_under_a_probe() -> None:
-    model, batch = tiny.build("llama-mha"), tiny.batch()
+    model, batch = tiny.build("llama2-mha"), tiny.batch()
     with probing(model, row_probe()):
         with pytest.raises(UnsupportedModel, match="additive"):
             model(batch.input_ids_BT, attention_mask=torch.zeros(3, 1, 9, 9, dtype=torch.float64))
@@ -205,14 +205,14 @@ def row_probe() -> RowProbe:
 def test_probes_work_inside_ddp_and_fsdp2(tmp_path: Path) -> None:
     batch = tiny.batch()
     alone = RowProbe(HEADS, place_positions(QUERIES, batch))
-    plain = tiny.build("llama-gqa", seed=1, exact=False)
+    plain = tiny.build("llama2-gqa", seed=1, exact=False)
     with probing(plain, alone):
         run(plain, batch)
     store = distributed.FileStore(str(tmp_path / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        ddp = DistributedDataParallel(tiny.build("llama-gqa", seed=1, exact=False))
-        sharded = tiny.build("llama-gqa", seed=1, exact=False)
+        ddp = DistributedDataParallel(tiny.build("llama2-gqa", seed=1, exact=False))
+        sharded = tiny.build("llama2-gqa", seed=1, exact=False)
         mesh = distributed.init_device_mesh("cpu", (1,))
         for layer in sharded.model.layers:
             fully_shard(layer, mesh=mesh)

@@ -28,7 +28,7 @@ FEW = Keep(logits=4, attention=2)
 
 def taught(side: Any = "right", **changes: Any) -> list[TeacherTarget]:
     options = {"logits": True} | changes
-    return teach_batch(tiny.build("llama-gqa"), tiny.batch(side), HEADS, QUERIES, **options)
+    return teach_batch(tiny.build("llama2-gqa"), tiny.batch(side), HEADS, QUERIES, **options)
 
 
 def entries(rows: SparseRows, index: int) -> dict[int, float]:
@@ -128,7 +128,7 @@ def test_targets_of_any_heads_query_rows_and_padding_are_joined(
 def test_collated_targets_lie_where_the_student_puts_its_own_rows(side: Any) -> None:
     targets, batch = taught("right"), tiny.batch(side, multiple_of=4)
     joined = collate_targets(targets, batch)
-    model = tiny.build("llama-gqa")
+    model = tiny.build("llama2-gqa")
     probe = RowProbe(joined.heads_by_layer, joined.positions_BQ)
     with probing(model, probe), torch.no_grad():
         logits = model(
@@ -162,7 +162,7 @@ def test_kept_logits_follow_the_batch_rows_and_their_answers(side: Any, shift: b
 
 
 def test_rows_of_different_tasks_are_joined_on_the_union_of_their_heads() -> None:
-    batch, model = tiny.batch(), tiny.build("llama-gqa")
+    batch, model = tiny.batch(), tiny.build("llama2-gqa")
     first = teach_batch(model, batch, {0: (1, 3)}, QUERIES, logits=True)[0]
     second = teach_batch(model, batch, {0: (2, 3), 1: (0,)}, QUERIES, logits=False)[1]
     joined = collate_targets([first, second, None], batch)

@@ -143,8 +143,8 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients(name: str) -
 
 def test_a_layer_that_runs_again_in_backward_keeps_the_first_values() -> None:
     batch = tiny.batch()
-    targets = taught("llama-gqa", batch)
-    model, probe = tiny.build("llama-gqa").train(), probe_for(targets)
+    targets = taught("llama2-gqa", batch)
+    model, probe = tiny.build("llama2-gqa").train(), probe_for(targets)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with probing(model, probe):
         run(model, batch)
@@ -156,8 +156,8 @@ def test_a_layer_that_runs_again_in_backward_keeps_the_first_values() -> None:
 
 def test_checkpointed_backward_outside_probing_fails_loudly() -> None:
     batch = tiny.batch()
-    targets = taught("llama-gqa", batch)
-    model, probe = tiny.build("llama-gqa").train(), probe_for(targets)
+    targets = taught("llama2-gqa", batch)
+    model, probe = tiny.build("llama2-gqa").train(), probe_for(targets)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with probing(model, probe):
         run(model, batch)
@@ -167,7 +167,7 @@ def test_checkpointed_backward_outside_probing_fails_loudly() -> None:
 
 def test_reentrant_checkpointing_is_refused_instead_of_losing_the_gradient() -> None:
     batch = tiny.batch()
-    model, probe = tiny.build("llama-gqa").train(), probe_for(taught("llama-gqa", batch))
+    model, probe = tiny.build("llama2-gqa").train(), probe_for(taught("llama2-gqa", batch))
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with probing(model, probe), pytest.raises(RuntimeError, match="use_reentrant=False"):
         run(model, batch)
@@ -175,8 +175,8 @@ def test_reentrant_checkpointing_is_refused_instead_of_losing_the_gradient() -> 
 
 def test_a_compiled_model_gives_the_same_loss_and_gradients_with_and_without_a_probe() -> None:
     batch = tiny.batch("left")
-    targets = taught("mistral-window", batch)
-    eager, inner = (tiny.build("mistral-window").train() for _ in range(2))
+    targets = taught("mistral-window-gqa", batch)
+    eager, inner = (tiny.build("mistral-window-gqa").train() for _ in range(2))
     compiled = torch.compile(inner, backend="aot_eager")
     try:
         for _ in range(2):  # the second time finds what the first compiled
@@ -195,14 +195,14 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients_with_and_without_a_p
 
 def test_ddp_and_fsdp2_give_the_same_loss_and_gradients(tmp_path: Path) -> None:
     batch = tiny.batch()
-    targets = taught("llama-gqa", batch, exact=False)
-    plain = tiny.build("llama-gqa", exact=False)
+    targets = taught("llama2-gqa", batch, exact=False)
+    plain = tiny.build("llama2-gqa", exact=False)
     expected = distil(plain, batch, targets)
     store = distributed.FileStore(str(tmp_path / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        ddp = DistributedDataParallel(tiny.build("llama-gqa", exact=False))
-        sharded = tiny.build("llama-gqa", exact=False)
+        ddp = DistributedDataParallel(tiny.build("llama2-gqa", exact=False))
+        sharded = tiny.build("llama2-gqa", exact=False)
         mesh = distributed.init_device_mesh("cpu", (1,))
         for layer in sharded.model.layers:
             fully_shard(layer, mesh=mesh)
@@ -218,17 +218,19 @@ def test_ddp_and_fsdp2_give_the_same_loss_and_gradients(tmp_path: Path) -> None:
 
 def test_autocast_lowers_the_projections_and_not_the_kl() -> None:
     batch = tiny.batch()
-    targets = taught("llama-gqa", batch, exact=False)
-    plain, cast = (tiny.build("llama-gqa", exact=False) for _ in range(2))
+    targets = taught("llama2-gqa", batch, exact=False)
+    plain, cast = (tiny.build("llama2-gqa", exact=False) for _ in range(2))
     expected, found = distil(plain, batch, targets), distil(cast, batch, targets, autocast=True)
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=0)
     probe = probe_for(targets)
     with probing(cast, probe), torch.autocast("cpu", dtype=torch.bfloat16):
         run(cast, batch)
     assert {kl.dtype for kl in probe.kl_by_layer.values()} == {torch.float32}
-    own = taught("llama-gqa", batch, exact=False)  # a student that is its teacher, but for bfloat16
+    own = taught(
+        "llama2-gqa", batch, exact=False
+    )  # a student that is its teacher, but for bfloat16
     same = probe_for(own)
-    teacher = tiny.build("llama-gqa", seed=1, exact=False)
+    teacher = tiny.build("llama2-gqa", seed=1, exact=False)
     with probing(teacher, same), torch.autocast("cpu", dtype=torch.bfloat16):
         run(teacher, batch)
     assert all((kl >= -1e-6).all() and (kl < 0.05).all() for kl in same.kl_by_layer.values())

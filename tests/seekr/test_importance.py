@@ -101,14 +101,14 @@ def test_scores_equal_the_reference_for_any_lengths_padding_budget_and_tile(
 
 def test_gradients_equal_those_of_transformers_eager_attention_in_float32() -> None:
     (row,) = tiny.rows((9,))
-    eager = tiny.build("llama-gqa", attention="eager", exact=False)
+    eager = tiny.build("llama2-gqa", attention="eager", exact=False)
     ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
     out = eager(ids, output_attentions=True, use_cache=False)
     total, count = reference.answer_loss(out.logits[0], row)
     gradients = torch.autograd.grad(total / count, out.attentions)
     expected = torch.stack([g[0].double().square().sum(dim=(1, 2)) for g in gradients]).numpy()
-    after = tiny.build("llama-gqa", exact=False)
-    before = tiny.build("llama-gqa", seed=1, exact=False)
+    after = tiny.build("llama2-gqa", exact=False)
+    before = tiny.build("llama2-gqa", seed=1, exact=False)
     batch = collate([row], tiny.PAD_ID)
     (found,) = score_batch(before, after, batch, place_positions([queries_of(row)], batch))
     np.testing.assert_allclose(found.grad_sq_square, expected, rtol=1e-4)
@@ -116,14 +116,14 @@ def test_gradients_equal_those_of_transformers_eager_attention_in_float32() -> N
 
 def test_scores_do_not_depend_on_batch_composition() -> None:
     rows = tiny.rows()
-    together = score("qwen2-mixed-window", rows)
+    together = score("qwen2-mixed-window-gqa", rows)
     for found, row in zip(together, rows, strict=True):
-        (alone,) = score("qwen2-mixed-window", [row], "left", multiple_of=8)
+        (alone,) = score("qwen2-mixed-window-gqa", [row], "left", multiple_of=8)
         assert_same(found, alone, rtol=1e-9)
 
 
 def test_scoring_leaves_no_gradient_and_no_flag_or_mode_changed() -> None:
-    before, after = tiny.build("llama-gqa", seed=1).train(), tiny.build("llama-gqa").train()
+    before, after = tiny.build("llama2-gqa", seed=1).train(), tiny.build("llama2-gqa").train()
     after.model.layers[1].eval()
     after.lm_head.weight.requires_grad_(False)
     after.model.norm.weight.grad = kept = torch.ones(16, dtype=torch.float64)
@@ -145,12 +145,12 @@ def test_scoring_leaves_no_gradient_and_no_flag_or_mode_changed() -> None:
 
 def test_scoring_works_under_no_grad_and_ignores_dropout() -> None:
     rows = tiny.rows((6,))
-    expected = score("llama-gqa", rows)[0]
-    after = tiny.build("llama-gqa").train()
+    expected = score("llama2-gqa", rows)[0]
+    after = tiny.build("llama2-gqa").train()
     for layer in after.model.layers:
         layer.self_attn.attention_dropout = 0.5
     batch = collate(rows, tiny.PAD_ID)
-    before = tiny.build("llama-gqa", seed=1)
+    before = tiny.build("llama2-gqa", seed=1)
     with torch.no_grad():
         (found,) = score_batch(before, after, batch, place_positions([queries_of(rows[0])], batch))
     assert_same(found, expected, rtol=1e-12)
@@ -159,7 +159,7 @@ def test_scoring_works_under_no_grad_and_ignores_dropout() -> None:
 def test_a_row_without_an_answer_is_refused_by_name() -> None:
     (row,) = tiny.rows((6,), answer=0)
     batch = collate([row], tiny.PAD_ID)
-    model = tiny.build("llama-gqa")
+    model = tiny.build("llama2-gqa")
     with pytest.raises(DataError, match=f"{row.row_id} has no answer token"):
         score_batch(model, model, batch, place_positions([queries_of(row)], batch))
 
@@ -167,7 +167,7 @@ def test_a_row_without_an_answer_is_refused_by_name() -> None:
 def test_a_model_compared_with_itself_forgets_nothing() -> None:
     (row,) = tiny.rows((6,))
     batch = collate([row], tiny.PAD_ID)
-    model = tiny.build("llama-gqa")
+    model = tiny.build("llama2-gqa")
     (found,) = score_batch(model, model, batch, place_positions([queries_of(row)], batch))
     assert (found.diff_sq == 0).all() and (found.grad_sq_causal > 0).all()
 
@@ -201,8 +201,8 @@ def test_paper_definitions_equal_equations_7_and_9() -> None:
 
 def test_official_definitions_equal_means_over_arrays_padded_to_the_longest_row() -> None:
     rows = tiny.rows((9, 5, 7))
-    stats = score("llama-mha", rows, budget=3)
-    models = [tiny.build("llama-mha", attention="reference", seed=seed) for seed in (1, 0)]
+    stats = score("llama2-mha", rows, budget=3)
+    models = [tiny.build("llama2-mha", attention="reference", seed=seed) for seed in (1, 0)]
     gradients = torch.zeros(3, tiny.LAYERS, tiny.HEADS, 9, 9, dtype=torch.float64)
     differences = torch.zeros(3, tiny.LAYERS, tiny.HEADS, 3, 9, dtype=torch.float64)
     for index, row in enumerate(rows):

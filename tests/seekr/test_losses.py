@@ -28,7 +28,7 @@ def logits_of(batch, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch
 
 
 def targets_of(batch, shift: bool = True, keep: int | None = None) -> BatchTargets:
-    model = tiny.build("llama-gqa", seed=1)
+    model = tiny.build("llama2-gqa", seed=1)
     taught = teach_batch(model, batch, None, [], logits=True, shift=shift, keep=Keep(logits=keep))
     return collate_targets(taught, batch)
 
@@ -88,7 +88,7 @@ def test_answer_nll_sums_minus_log_p_of_each_answer_token(side) -> None:
 
 def test_answer_nll_equals_the_mean_loss_of_transformers() -> None:
     batch = tiny.batch("right")
-    model = tiny.build("llama-gqa", exact=False)
+    model = tiny.build("llama2-gqa", exact=False)
     out = model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT, labels=batch.labels_BT)
     nll_B, count_B = answer_nll(out.logits, batch.labels_BT)
     torch.testing.assert_close(nll_B.sum() / count_B.sum(), out.loss, rtol=1e-6, atol=0)
@@ -123,7 +123,7 @@ def test_shifted_positions_lie_one_before_the_answer_tokens() -> None:
 def test_logit_kl_and_mse_equal_sums_over_positions(side, shift: bool) -> None:
     batch = tiny.batch(side, multiple_of=4)
     logits = logits_of(batch)
-    slow = tiny.build("llama-gqa", attention="reference", seed=1)
+    slow = tiny.build("llama2-gqa", attention="reference", seed=1)
     targets = targets_of(batch, shift)
     kl_B, count_B = logit_kl(logits, targets)
     mse_B, mse_count_B = logit_mse(logits, targets)
@@ -144,8 +144,8 @@ def test_logit_kl_and_mse_equal_sums_over_positions(side, shift: bool) -> None:
 
 def test_a_student_equal_to_its_teacher_has_no_logit_loss_under_either_padding() -> None:
     left, right = tiny.batch("left"), tiny.batch("right")
-    taught = teach_batch(tiny.build("llama-gqa"), left, None, [], logits=True)
-    model = tiny.build("llama-gqa")
+    taught = teach_batch(tiny.build("llama2-gqa"), left, None, [], logits=True)
+    model = tiny.build("llama2-gqa")
     logits = model(right.input_ids_BT, attention_mask=right.attention_mask_BT).logits
     targets = collate_targets(taught, right)
     for loss in (logit_kl, logit_mse):
@@ -295,7 +295,7 @@ def test_a_distance_of_logits_needs_whole_ones() -> None:
 
 def test_a_batch_row_without_a_target_counts_nothing() -> None:
     batch = tiny.batch()
-    model = tiny.build("llama-gqa", seed=1)
+    model = tiny.build("llama2-gqa", seed=1)
     taught: list[Any] = teach_batch(model, batch, None, [], logits=True, keep=Keep(logits=4))
     every = collate_targets(taught, batch)
     two = collate_targets([taught[0], None, taught[2]], batch)

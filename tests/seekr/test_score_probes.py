@@ -121,7 +121,7 @@ def test_sums_over_models_maps_equal_autograd_and_softmax_to_ten_digits(
 
 def test_only_the_layers_above_the_first_attention_are_differentiated() -> None:
     batch = tiny.batch()
-    model, probe = tiny.build("llama-gqa").requires_grad_(False), None
+    model, probe = tiny.build("llama2-gqa").requires_grad_(False), None
     probe = GradientProbe(batch.attention_mask_BT.bool())
     with pytest.raises(RuntimeError, match="observed nothing"):
         _ = probe.earliest
@@ -136,7 +136,7 @@ def test_logits_are_computed_where_answers_are_and_nowhere_else() -> None:
     rows = tiny.rows((9, 5, 7))
     batch = collate(rows, tiny.PAD_ID)
     positions_BQ = place_positions([np.array([1])] * 3, batch)
-    before, after = tiny.build("llama-gqa", seed=1), tiny.build("llama-gqa")
+    before, after = tiny.build("llama2-gqa", seed=1), tiny.build("llama2-gqa")
     columns = []
     for model in (after, before):
         model.lm_head.register_forward_hook(lambda *seen: columns.append(seen[1][0].shape[1]))

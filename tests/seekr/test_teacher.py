@@ -25,7 +25,7 @@ QUERIES = [np.array([0, 4, 8]), np.array([1, 4]), np.array([3, 5, 6])]
 
 def taught(side: Any = "right", **changes: Any) -> list[TeacherTarget]:
     options = {"logits": True} | changes
-    return teach_batch(tiny.build("llama-gqa"), tiny.batch(side), HEADS, QUERIES, **options)
+    return teach_batch(tiny.build("llama2-gqa"), tiny.batch(side), HEADS, QUERIES, **options)
 
 
 def forward(model: torch.nn.Module, batch: Batch, probe: RowProbe) -> Tensor:
@@ -150,7 +150,7 @@ def test_targets_do_not_depend_on_batch_composition_or_padding(keep: Keep | None
     together = taught("left", keep=keep)
     for index, row in enumerate(tiny.rows()):
         batch = collate([row], tiny.PAD_ID, "right", multiple_of=8)
-        model, queries = tiny.build("llama-gqa"), [QUERIES[index]]
+        model, queries = tiny.build("llama2-gqa"), [QUERIES[index]]
         (alone,) = teach_batch(model, batch, HEADS, queries, logits=True, keep=keep)
         pairs = [(alone.attention, together[index].attention)]
         if keep is None:
@@ -165,14 +165,14 @@ def test_targets_do_not_depend_on_batch_composition_or_padding(keep: Keep | None
 
 
 def test_heads_are_kept_in_ascending_order_however_they_were_given() -> None:
-    model, batch = tiny.build("llama-gqa"), tiny.batch()
+    model, batch = tiny.build("llama2-gqa"), tiny.batch()
     (found, *_) = teach_batch(model, batch, {2: (3, 1, 2), 0: (3, 0)}, QUERIES, logits=False)
     assert list(found.heads_by_layer.items()) == list(HEADS.items())
     assert torch.equal(found.attention.values_N, taught()[0].attention.values_N)
 
 
 def test_bfloat16_models_are_taught_from_in_float32() -> None:
-    model = tiny.build("llama-gqa", exact=False).to(torch.bfloat16)
+    model = tiny.build("llama2-gqa", exact=False).to(torch.bfloat16)
     keeps = [None, Keep(logits=3, attention=2)]
     for keep in keeps:
         (found, *_) = teach_batch(model, tiny.batch(), HEADS, QUERIES, logits=True, keep=keep)
@@ -182,7 +182,7 @@ def test_bfloat16_models_are_taught_from_in_float32() -> None:
 
 
 def test_teaching_runs_without_dropout_or_gradient_and_restores_the_mode() -> None:
-    model = tiny.build("llama-gqa").train()
+    model = tiny.build("llama2-gqa").train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     found = teach_batch(model, tiny.batch(), HEADS, QUERIES, logits=True)
@@ -195,14 +195,14 @@ def test_teaching_runs_without_dropout_or_gradient_and_restores_the_mode() -> No
 
 def test_logits_and_attention_can_be_left_out() -> None:
     assert all(target.logits is None for target in taught(logits=False))
-    stock = tiny.build("llama-gqa", attention="sdpa")
+    stock = tiny.build("llama2-gqa", attention="sdpa")
     for target in teach_batch(stock, tiny.batch(), None, [], logits=True):
         assert target.attention is None and target.heads_by_layer == {}
         assert len(target.query_positions) == 0 and target.logits.shape == (2, tiny.VOCAB)
 
 
 def test_attention_targets_need_a_model_that_can_be_probed() -> None:
-    stock = tiny.build("llama-gqa", attention="sdpa")
+    stock = tiny.build("llama2-gqa", attention="sdpa")
     with pytest.raises(ConfigError, match="attn_implementation='sdpa'"):
         teach_batch(stock, tiny.batch(), HEADS, QUERIES, logits=True)
 

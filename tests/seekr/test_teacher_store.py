@@ -30,7 +30,7 @@ FLOAT = 1e-7
 
 def taught(**changes: Any) -> list[TeacherTarget]:
     options = {"logits": True} | changes
-    return teach_batch(tiny.build("llama-gqa"), tiny.batch(), HEADS, QUERIES, **options)
+    return teach_batch(tiny.build("llama2-gqa"), tiny.batch(), HEADS, QUERIES, **options)
 
 
 def target_of(attention: SparseRows | None, logits: Tensor | SparseRows | None = None) -> Any:
@@ -190,7 +190,7 @@ def test_a_teachers_targets_survive_with_everything_beside_their_rows(
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_targets_without_logits_or_attention_survive(bits: Any) -> None:
-    stock = tiny.build("llama-gqa", attention="sdpa")
+    stock = tiny.build("llama2-gqa", attention="sdpa")
     (target, *_) = teach_batch(stock, tiny.batch(), None, [], logits=True, shift=False)
     found = decode_target(encode_target(target, bits))
     assert found.attention is None and found.shift is False and found.heads_by_layer == {}

@@ -1,4 +1,4 @@
-"""Tiny random models and rows for tests: multi-head, grouped-query and sliding-window attention.
+"""Tiny random models and rows for tests: the named families, with own and shared key heads, windows.
 
 `build(..., exact=True)` gives float64 models whose norms are float64 too (transformers' RMSNorm
 rounds to float32 inside), so results can be compared at 1e-6 and better.
@@ -18,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from seekr.attention import register
@@ -27,7 +28,19 @@ from tests.seekr import reference
 VOCAB = 29
 PAD_ID = 0
 LAYERS, HEADS = 3, 4
-MODELS = ("llama-mha", "llama-gqa", "mistral-window", "qwen2-mixed-window")
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MODELS = (
+    *("llama2-mha", "llama2-gqa", "llama3-mha", "llama3-gqa"),
+    *("mistral-window-mha", "mistral-window-gqa"),
+    *("qwen2-mixed-window-mha", "qwen2-mixed-window-gqa", "qwen3-mha", "qwen3-mixed-window-gqa"),
+)
 
 
 def config(name: str) -> PretrainedConfig:
@@ -38,17 +51,22 @@ def config(name: str) -> PretrainedConfig:
         "intermediate_size": 24,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS if name == "llama-mha" else 2,
+        "num_key_value_heads": HEADS if name.endswith("mha") else 2,
         "max_position_embeddings": 64,
         "initializer_range": 0.4,  # sharp, uneven attention maps
         "pad_token_id": PAD_ID,
     }
-    if name.startswith("llama"):
-        return LlamaConfig(**sizes)
-    if name == "mistral-window":
-        return MistralConfig(**sizes, sliding_window=4)
     window = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
-    return Qwen2Config(**sizes, **window)
+    match name.split("-")[0]:
+        case "llama2":
+            return LlamaConfig(**sizes)
+        case "llama3":
+            return LlamaConfig(**sizes, rope_parameters=LLAMA3_ROPE)
+        case "mistral":
+            return MistralConfig(**sizes, sliding_window=4)
+        case "qwen2":
+            return Qwen2Config(**sizes, **window)
+    return Qwen3Config(**sizes, head_dim=6, **(window if "window" in name else {}))
 
 
 def build(
