@@ -42,7 +42,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from benchmarks.machine import describe, reset_peak_memory
+from benchmarks.machine import OWN_PAGES, describe, reset_peak_memory
 from benchmarks.machine import peak_memory as peak_of_process
 from seekr.attention import Observation, probing, register
 from seekr.attention_kl import TeacherPair, reduce_attention_kl
@@ -284,10 +284,8 @@ def peak_memory(variant: str, tokens: int, args: argparse.Namespace) -> int:
     """Peak bytes of a process that only does this variant's steps."""
     command = [sys.executable, "-m", "benchmarks.step_cost", "--peak", variant]
     command += ["--tokens", str(tokens), "--shape", args.shape, "--device", args.device]
-    # Every tensor gets pages of its own, so that what is resident is what is alive.
-    pages = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | pages
+        command, capture_output=True, text=True, check=True, env=os.environ | OWN_PAGES
     )
     return int(done.stdout)
 
@@ -310,6 +308,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--add", action="store_true", help="keep what --out has besides")
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
@@ -324,6 +323,7 @@ def main() -> None:
             cell = {
                 "tokens": tokens,
                 "variant": name,
+                "rounds": args.rounds,
                 "seconds": statistics.median(seconds),
                 "ratio": statistics.median(ratios),
                 "ratio_min": min(ratios),
@@ -337,8 +337,13 @@ def main() -> None:
             table.add_row(
                 str(tokens), name, f"{cell['seconds']:.3f}", f"{cell['ratio']:.3f}", spread, *memory
             )
+    if args.add:
+        measured = {(cell["tokens"], cell["variant"]) for cell in cells}
+        known = json.loads(args.out.read_text())["cells"]
+        cells += [cell for cell in known if (cell["tokens"], cell["variant"]) not in measured]
+        cells.sort(key=lambda cell: (cell["tokens"], VARIANTS.index(cell["variant"])))
     Console().print(table)
-    settings = {"shape": args.shape, "device": args.device, "rounds": args.rounds}
+    settings = {"shape": args.shape, "device": args.device}
     args.out.write_text(json.dumps(describe() | settings | {"cells": cells}, indent=1) + "\n")
 
 

@@ -1,9 +1,9 @@
 """Attention KL over tiles of the map, computed again in backward.
 
 A tile is a run of query rows of some selected heads against the keys that any of them may look at,
-so with causal attention only the lower triangle is visited. Forward keeps two numbers per row (the
-logarithm of the softmax's denominator, and the student's probability of what the teacher did not
-keep); backward forms each tile again and turns it in place into the gradient of the scores,
+so with causal attention only the lower triangle is visited. Forward keeps one number per row, the
+student's probability of what the teacher did not keep; backward forms each tile again and turns it
+in place into the gradient of the scores,
 
     kept entry:  g * (m * p - u)          u = t * p / (p + epsilon), so t itself for epsilon 0
     tail entry:  g * p * (m - U / P)      U likewise for the tail, P the student's tail
@@ -74,16 +74,18 @@ class _Layer:
     def tiles(self) -> Iterator[_Tile]:
         num_rows_B = (self.positions_BQ >= 0).sum(dim=1).tolist()
         first_BQ, last_BQ = self.first_BQ.tolist(), self.last_BQ.tolist()
+        whole = self.shape[1] * self.shape[2] * self.key_BGTD.shape[2] <= TILE_ELEMENTS
         for batch, num_rows in enumerate(num_rows_B):
-            for start in range(0, num_rows, _QUERY_ROWS):
-                rows = slice(start, min(start + _QUERY_ROWS, num_rows))
+            size = max(num_rows, 1) if whole else _QUERY_ROWS
+            for start in range(0, num_rows, size):
+                rows = slice(start, min(start + size, num_rows))
                 keys = slice(min(first_BQ[batch][rows]), max(last_BQ[batch][rows]) + 1)
                 if keys.stop <= keys.start:
                     continue
                 area = (rows.stop - rows.start) * (keys.stop - keys.start)
-                size = max(1, TILE_ELEMENTS // area)
-                for slot in range(0, self.shape[1], size):
-                    yield _Tile(batch, slice(slot, min(slot + size, self.shape[1])), rows, keys)
+                heads = max(1, TILE_ELEMENTS // area)
+                for slot in range(0, self.shape[1], heads):
+                    yield _Tile(batch, slice(slot, min(slot + heads, self.shape[1])), rows, keys)
 
     def queries(self, tile: _Tile) -> Tensor:
         """The student's queries [C,K,D], scaled."""
@@ -127,39 +129,47 @@ class _Entries:
     tail_CK: Tensor | None
 
 
-def _entries(layer: _Layer, tile: _Tile, teacher: SparseRows) -> _Entries:
-    _, num_slots, num_rows = layer.shape
-    num_keys, width = tile.keys.stop - tile.keys.start, tile.rows.stop - tile.rows.start
-    columns: list[Tensor] = []
-    values: list[Tensor] = []
-    rows: list[Tensor] = []
-    counts_CK: list[Tensor] = []
-    for index, slot in enumerate(range(tile.slots.start, tile.slots.stop)):
-        base = (tile.batch * num_slots + slot) * num_rows
-        offsets = teacher.offsets[base + tile.rows.start : base + tile.rows.stop + 1]
-        chosen = slice(int(offsets[0]), int(offsets[-1]))
-        columns.append(teacher.columns_N[chosen])
-        values.append(teacher.values_N[chosen])
-        counts_CK.append(offsets.diff().to(columns[-1].device))
-        row_K = torch.arange(index * width, (index + 1) * width, device=columns[-1].device)
-        rows.append(row_K.repeat_interleave(counts_CK[-1], output_size=len(columns[-1])))
-    column_N, row_N = torch.cat(columns) - tile.keys.start, torch.cat(rows)
-    if bool(((column_N < 0) | (column_N >= num_keys)).any()):
-        raise DataError(
-            f"a teacher row of batch row {tile.batch} keeps a key outside {tile.keys.start}.."
-            f"{tile.keys.stop - 1}, all that the student may look at; both need the same tokens "
-            "and mask: teach the row again"
+class _Stored:
+    """A teacher's stored rows, cut into the tiles of a layer."""
+
+    def __init__(self, layer: _Layer, teacher: SparseRows) -> None:
+        self._layer, self._teacher = layer, teacher
+        self._row_N, self._offsets = teacher.rows_N(), teacher.offsets.tolist()
+        counts_BSQ = teacher.offsets.diff().to(self._row_N.device).view(layer.shape)
+        # A row without anything outside the kept entries has no tail to look at.
+        complete_BSQ = counts_BSQ >= (layer.last_BQ - layer.first_BQ + 1)[:, None]
+        self._tail_BSQ = teacher.tail_R.view(layer.shape).masked_fill(complete_BSQ, 0.0)
+
+    def entries(self, tile: _Tile) -> _Entries:
+        """Return a tile's entries.
+
+        Raises:
+            DataError: an entry lies outside of the tile.
+        """
+        _, num_slots, num_rows = self._layer.shape
+        num_keys, width = tile.keys.stop - tile.keys.start, tile.rows.stop - tile.rows.start
+        chosen: list[slice] = []
+        rows: list[Tensor] = []
+        for index, slot in enumerate(range(tile.slots.start, tile.slots.stop)):
+            first = (tile.batch * num_slots + slot) * num_rows + tile.rows.start
+            chosen.append(slice(self._offsets[first], self._offsets[first + width]))
+            rows.append(self._row_N[chosen[-1]] - (first - index * width))
+        row_N = torch.cat(rows)
+        column_N = torch.cat([self._teacher.columns_N[part] for part in chosen]) - tile.keys.start
+        value_N = torch.cat([self._teacher.values_N[part] for part in chosen])
+        if column_N.numel() and not 0 <= int(column_N.min()) <= int(column_N.max()) < num_keys:
+            raise DataError(
+                f"a teacher row of batch row {tile.batch} keeps a key outside {tile.keys.start}.."
+                f"{tile.keys.stop - 1}, all that the student may look at; both need the same "
+                "tokens and mask: teach the row again"
+            )
+        tail_CK = self._tail_BSQ[self._layer.at(tile)].to(self._layer.dtype)
+        return _Entries(
+            flat_N=row_N * num_keys + column_N,
+            row_N=row_N,
+            value_N=value_N.to(self._layer.dtype),
+            tail_CK=tail_CK if bool((tail_CK > 0).any()) else None,
         )
-    tail_CK = teacher.tail_R.view(layer.shape)[layer.at(tile)].to(layer.dtype)
-    # A row without anything outside the kept entries has no tail to look at.
-    span_K = (layer.last_BQ - layer.first_BQ + 1)[tile.batch, tile.rows]
-    tail_CK = tail_CK.masked_fill(torch.stack(counts_CK) >= span_K, 0.0)
-    return _Entries(
-        flat_N=row_N * num_keys + column_N,
-        row_N=row_N,
-        value_N=torch.cat(values).to(layer.dtype),
-        tail_CK=tail_CK if bool((tail_CK > 0).any()) else None,
-    )
 
 
 class _TiledKL(torch.autograd.Function):
@@ -217,42 +227,39 @@ def _scores(layer: _Layer, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
     return query_CKD, key_CMD, layer.hide(query_CKD @ key_CMD.transpose(1, 2), tile)
 
 
-def _exponentials(scores_CKM: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn scores in place into exp(score - highest); returns them and the highest [C,K]."""
+def _softmax(scores_CKM: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn scores in place into probabilities; returns them and the log denominators [C,K].
+
+    The fused kernel, as an exponential of its own is many times slower where scores are hidden.
+    """
     top_CK = scores_CKM.amax(dim=-1)
-    return scores_CKM.sub_(top_CK[..., None]).exp_(), top_CK
+    p_CKM = torch.softmax(scores_CKM, dim=-1, out=scores_CKM)
+    return p_CKM, top_CK - p_CKM.amax(dim=-1).log()
 
 
-def _stored_forward(layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (KL, log denominators, the student's tails), all [B,S,Q]."""
+def _stored_forward(layer: _Layer) -> tuple[Tensor, Tensor]:
+    """Return (KL, the student's tails), both [B,S,Q]."""
     assert isinstance(layer.teacher, SparseRows)
     _check_present(layer, layer.teacher)
-    kl_BSQ, log_z_BSQ, rest_BSQ = layer.query_BHTD.new_zeros((3, *layer.shape), dtype=layer.dtype)
-    epsilon = layer.geometry.epsilon
+    kl_BSQ, rest_BSQ = layer.query_BHTD.new_zeros((2, *layer.shape), dtype=layer.dtype)
+    stored, epsilon = _Stored(layer, layer.teacher), layer.geometry.epsilon
     for tile in layer.tiles():
-        kept = _entries(layer, tile, layer.teacher)
+        kept = stored.entries(tile)
         _, _, scores_CKM = _scores(layer, tile)
         score_N = scores_CKM.view(-1)[kept.flat_N]
-        weights_CKM, top_CK = _exponentials(scores_CKM)
-        weight_N = weights_CKM.view(-1)[kept.flat_N]
-        if kept.tail_CK is not None:
-            weights_CKM.view(-1)[kept.flat_N] = 0.0
-            rest_CK = weights_CKM.sum(dim=-1)
-            z_CK = rest_CK.flatten().index_add(0, kept.row_N, weight_N).view_as(rest_CK)
-        else:
-            z_CK = weights_CKM.sum(dim=-1)
-            rest_CK = torch.zeros_like(z_CK)
-        log_z_CK, rest_CK = z_CK.log() + top_CK, rest_CK / z_CK
+        p_CKM, log_z_CK = _softmax(scores_CKM)
         log_p_N = score_N - log_z_CK.view(-1)[kept.row_N]
         if epsilon > 0:
             log_p_N = (log_p_N.exp() + epsilon).log()
         part_N = kept.value_N * (kept.value_N.log() - log_p_N)
-        kl_CK = torch.zeros_like(z_CK).view(-1).index_add(0, kept.row_N, part_N).view_as(z_CK)
+        kl_CK = torch.zeros_like(log_z_CK)
+        kl_CK.view(-1).index_add_(0, kept.row_N, part_N)
         if kept.tail_CK is not None:
+            p_CKM.view(-1)[kept.flat_N] = 0.0
+            rest_CK = rest_BSQ[layer.at(tile)] = p_CKM.sum(dim=-1)
             kl_CK += _tail_kl(kept.tail_CK, rest_CK + epsilon)
         kl_BSQ[layer.at(tile)] = kl_CK.masked_fill(kl_CK > -_HIDDEN * 1e-9, torch.inf)
-        log_z_BSQ[layer.at(tile)], rest_BSQ[layer.at(tile)] = log_z_CK, rest_CK
-    return kl_BSQ, log_z_BSQ, rest_BSQ
+    return kl_BSQ, rest_BSQ
 
 
 def _tail_kl(tail: Tensor, rest: Tensor) -> Tensor:
@@ -262,16 +269,16 @@ def _tail_kl(tail: Tensor, rest: Tensor) -> Tensor:
 
 
 def _stored_backward(
-    layer: _Layer, grad_BSQ: Tensor, log_z_BSQ: Tensor, rest_BSQ: Tensor
+    layer: _Layer, grad_BSQ: Tensor, rest_BSQ: Tensor
 ) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor]]:
     """Yield per tile (tile, queries, keys, gradient of the scores)."""
     assert isinstance(layer.teacher, SparseRows)
-    epsilon = layer.geometry.epsilon
+    stored, epsilon = _Stored(layer, layer.teacher), layer.geometry.epsilon
     for tile in layer.tiles():
-        kept = _entries(layer, tile, layer.teacher)
+        kept = stored.entries(tile)
         query_CKD, key_CMD, scores_CKM = _scores(layer, tile)
         grad_CK, rest_CK = grad_BSQ[layer.at(tile)], rest_BSQ[layer.at(tile)]
-        p_CKM = scores_CKM.sub_(log_z_BSQ[layer.at(tile)][..., None]).exp_()
+        p_CKM, _ = _softmax(scores_CKM)
         p_N, u_N = p_CKM.view(-1)[kept.flat_N], kept.value_N
         if epsilon > 0:
             u_N = u_N * p_N / (p_N + epsilon)
@@ -295,42 +302,36 @@ def _teacher_scores(layer: _Layer, tile: _Tile, teacher: TeacherPair) -> Tensor:
     return layer.hide(query_CKD @ key_CMD.transpose(1, 2), tile)
 
 
-def _pair_forward(layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (KL, the student's log denominators, the teacher's), all [B,S,Q]."""
+def _pair_forward(layer: _Layer) -> tuple[Tensor]:
+    """Return (KL,), [B,S,Q]."""
     assert isinstance(layer.teacher, TeacherPair)
-    kl_BSQ, log_z_BSQ, log_y_BSQ = layer.query_BHTD.new_zeros((3, *layer.shape), dtype=layer.dtype)
+    kl_BSQ = layer.query_BHTD.new_zeros(layer.shape, dtype=layer.dtype)
+    epsilon = layer.geometry.epsilon
     for tile in layer.tiles():
         _, _, scores_CKM = _scores(layer, tile)
         theirs_CKM = _teacher_scores(layer, tile, layer.teacher)
         excess_CKM = theirs_CKM - scores_CKM
-        p_CKM, top_CK = _exponentials(scores_CKM)
-        t_CKM, their_top_CK = _exponentials(theirs_CKM)
-        z_CK, y_CK = p_CKM.sum(dim=-1), t_CKM.sum(dim=-1)
-        log_z_CK, log_y_CK = z_CK.log() + top_CK, y_CK.log() + their_top_CK
-        if layer.geometry.epsilon > 0:
-            # log(t / (p + epsilon)) = (their score - log y) - log(p + epsilon)
-            log_p = p_CKM.div_(z_CK[..., None]).add_(layer.geometry.epsilon).log_()
-            log_t = _teacher_scores(layer, tile, layer.teacher).sub_(log_y_CK[..., None])
-            kl_CK = (t_CKM * (log_t - log_p)).sum(dim=-1) / y_CK
+        p_CKM, log_z_CK = _softmax(scores_CKM)
+        t_CKM, log_y_CK = _softmax(theirs_CKM)
+        if epsilon > 0:
+            kl_CK = (torch.xlogy(t_CKM, t_CKM) - t_CKM * (p_CKM + epsilon).log()).sum(dim=-1)
         else:
-            kl_CK = t_CKM.mul_(excess_CKM).sum(dim=-1) / y_CK - log_y_CK + log_z_CK
+            kl_CK = t_CKM.mul_(excess_CKM).sum(dim=-1) - log_y_CK + log_z_CK
         valid_CK = layer.teacher.valid_BSQ[layer.at(tile)]
         kl_BSQ[layer.at(tile)] = kl_CK.masked_fill(~valid_CK, 0.0)
-        log_z_BSQ[layer.at(tile)], log_y_BSQ[layer.at(tile)] = log_z_CK, log_y_CK
-    return kl_BSQ, log_z_BSQ, log_y_BSQ
+    return (kl_BSQ,)
 
 
 def _pair_backward(
-    layer: _Layer, grad_BSQ: Tensor, log_z_BSQ: Tensor, log_y_BSQ: Tensor
+    layer: _Layer, grad_BSQ: Tensor
 ) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor]]:
     """Yield per tile (tile, queries, keys, gradient of the scores)."""
     assert isinstance(layer.teacher, TeacherPair)
     epsilon = layer.geometry.epsilon
     for tile in layer.tiles():
         query_CKD, key_CMD, scores_CKM = _scores(layer, tile)
-        p_CKM = scores_CKM.sub_(log_z_BSQ[layer.at(tile)][..., None]).exp_()
-        u_CKM = _teacher_scores(layer, tile, layer.teacher)
-        u_CKM = u_CKM.sub_(log_y_BSQ[layer.at(tile)][..., None]).exp_()
+        p_CKM, _ = _softmax(scores_CKM)
+        u_CKM, _ = _softmax(_teacher_scores(layer, tile, layer.teacher))
         grad_CK = grad_BSQ[layer.at(tile)].masked_fill(
             ~layer.teacher.valid_BSQ[layer.at(tile)], 0.0
         )
