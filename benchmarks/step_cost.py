@@ -1,7 +1,7 @@
 """What attention distillation adds to a replay step (`python -m benchmarks.step_cost`).
 
-One replay row, forward and backward, no optimizer step (it would only dilute the ratio), interleaved
-in one process:
+One replay row, forward and backward, no optimizer step (it would only dilute the ratio). Each way is
+paired with plain replay, in turn in one process:
 
     plain         SDPA and the answer's NLL: what plain replay does
     rows_100      SEEKR with 100 query rows per head; the timed step decodes and places the target too
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -267,16 +268,18 @@ def timed(step: Callable[[], None], model: nn.Module, device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure_times(tokens: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per variant, all variants in turn, `rounds` times after one warm-up."""
-    steps = {name: prepare(name, tokens, args) for name in args.variants}
-    found: dict[str, list[float]] = {name: [] for name in steps}
+def measure_pair(variant: str, tokens: int, args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Seconds of (plain, variant), in turn and in changing order, after one warm-up of both."""
+    steps = {name: prepare(name, tokens, args) for name in ("plain", variant)}
+    found: list[tuple[float, float]] = []
     for turn in range(args.rounds + 1):
-        for name, (step, model) in steps.items():
-            seconds = timed(step, model, args.device)
+        seconds: dict[str, float] = {}
+        for name in sorted(steps, reverse=turn % 2 == 0):
+            step, model = steps[name]
+            seconds[name] = timed(step, model, args.device)
             model.zero_grad(set_to_none=True)
-            if turn:
-                found[name].append(seconds)
+        if turn:
+            found.append((seconds["plain"], seconds[variant]))
     return found
 
 
@@ -313,38 +316,51 @@ def main() -> None:
     args = parser.parse_args()
     if args.peak:
         return print_peak(args)
-    cells = []
-    table = Table("tokens", "variant", "seconds", "ratio", "spread", "peak MB", "ratio")
-    for tokens in args.tokens:
-        times = measure_times(tokens, args)
-        peaks = {} if args.no_memory else {n: peak_memory(n, tokens, args) for n in times}
-        for name, seconds in times.items():
-            ratios = [own / plain for own, plain in zip(seconds, times["plain"], strict=True)]
-            cell = {
-                "tokens": tokens,
-                "variant": name,
-                "rounds": args.rounds,
-                "seconds": statistics.median(seconds),
-                "ratio": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
-            }
-            if peaks:
-                cell |= {"peak_bytes": peaks[name], "memory_ratio": peaks[name] / peaks["plain"]}
-            cells.append(cell)
-            memory = [f"{peaks[name] / 1e6:.0f}", f"{cell['memory_ratio']:.3f}"] if peaks else []
-            spread = f"{min(ratios):.2f}..{max(ratios):.2f}"
-            table.add_row(
-                str(tokens), name, f"{cell['seconds']:.3f}", f"{cell['ratio']:.3f}", spread, *memory
-            )
+    known: dict[tuple[int, str], dict[str, Any]] = {}
     if args.add:
-        measured = {(cell["tokens"], cell["variant"]) for cell in cells}
-        known = json.loads(args.out.read_text())["cells"]
-        cells += [cell for cell in known if (cell["tokens"], cell["variant"]) not in measured]
-        cells.sort(key=lambda cell: (cell["tokens"], VARIANTS.index(cell["variant"])))
-    Console().print(table)
+        cells = json.loads(args.out.read_text())["cells"]
+        known = {(cell["tokens"], cell["variant"]): cell for cell in cells}
+    for tokens in args.tokens:
+        for variant in args.variants:
+            cell = known.setdefault((tokens, variant), {"tokens": tokens, "variant": variant})
+            if variant != "plain":
+                cell |= _times(measure_pair(variant, tokens, args))
+            if not args.no_memory:
+                cell["peak_bytes"] = peak_memory(variant, tokens, args)
+    ordered = sorted(known, key=lambda key: (key[0], VARIANTS.index(key[1])))
+    show([known[key] for key in ordered])
     settings = {"shape": args.shape, "device": args.device}
-    args.out.write_text(json.dumps(describe() | settings | {"cells": cells}, indent=1) + "\n")
+    result = describe() | settings | {"cells": [known[key] for key in ordered]}
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _times(pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    ratios = [own / plain for plain, own in pairs]
+    return {
+        "rounds": len(pairs),
+        "plain_seconds": statistics.median(plain for plain, _ in pairs),
+        "seconds": statistics.median(own for _, own in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def show(cells: list[dict[str, Any]]) -> None:
+    """Print the figures as a table."""
+    table = Table("tokens", "variant", "plain s", "seconds", "ratio", "spread", "peak MB", "ratio")
+    plain = {cell["tokens"]: cell.get("peak_bytes") for cell in cells if cell["variant"] == "plain"}
+    for cell in cells:
+        row = [str(cell["tokens"]), cell["variant"], *[""] * 4]
+        if "ratio" in cell:
+            spread = f"{cell['ratio_min']:.2f}..{cell['ratio_max']:.2f}"
+            row[2:] = [f"{cell[name]:.3f}" for name in ("plain_seconds", "seconds", "ratio")]
+            row.append(spread)
+        if cell.get("peak_bytes") and plain.get(cell["tokens"]):
+            row.append(f"{cell['peak_bytes'] / 1e6:.0f}")
+            row.append(f"{cell['peak_bytes'] / plain[cell['tokens']]:.3f}")
+        table.add_row(*row)
+    Console().print(table)
 
 
 if __name__ == "__main__":

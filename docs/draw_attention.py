@@ -76,7 +76,8 @@ def draw_map(axes: Axes) -> None:
 
 def draw_store(axes: Axes, result: dict[str, Any]) -> None:
     """Bytes per replay row against what is lost of the gradient's direction."""
-    name = max(result["cells"][0]["cosine"], key=lambda text: (text.startswith("whole"), text))
+    names = result["cells"][0]["cosine"]
+    name = next(text for text in names if text.startswith("whole: SEEKR"))
     kinds = {"attention_kept": (BLUE, "o-", "largest of all rows"),
              "same number in every row": (RED, "s--", "as many in each row")}  # fmt: skip
     for kind, (color, style, label) in kinds.items():
@@ -106,7 +107,7 @@ def draw_cost(axes: Axes, result: dict[str, Any]) -> None:
         "materialised": (RED, "with maps, as usual"),
     }
     for variant, (color, label) in kinds.items():
-        cells = [cell for cell in result["cells"] if cell["variant"] == variant]
+        cells = [cell for cell in result["cells"] if cell["variant"] == variant and "ratio" in cell]
         tokens = [cell["tokens"] for cell in cells]
         ratios = [cell["ratio"] for cell in cells]
         axes.plot(tokens, ratios, "o-", color=color, label=label, ms=4, lw=1.4)
