@@ -8,8 +8,8 @@ in place into the gradient of the scores,
     kept entry:  g * (m * p - u)          u = t * p / (p + epsilon), so t itself for epsilon 0
     tail entry:  g * p * (m - U / P)      U likewise for the tail, P the student's tail
 
-with g the gradient of the row's KL and m = sum u + U. At most TILE_ELEMENTS numbers of a map exist
-at a time per buffer. Arithmetic is float32 (float64 for float64 input), outside autocast.
+with g the gradient of the row's KL and m = sum u + U. A buffer holds at most TILE_ELEMENTS numbers of
+a map at a time, or one row. Arithmetic is float32 (float64 for float64 input), outside autocast.
 
 Shape suffixes: B batch, H query heads, G key/value heads, S selected heads, Q query rows, T tokens
 (keys), D head dim; within a tile C heads, K query rows, M keys; N kept entries of the tile.
@@ -74,9 +74,11 @@ class _Layer:
     def tiles(self) -> Iterator[_Tile]:
         num_rows_B = (self.positions_BQ >= 0).sum(dim=1).tolist()
         first_BQ, last_BQ = self.first_BQ.tolist(), self.last_BQ.tolist()
-        whole = self.shape[1] * self.shape[2] * self.key_BGTD.shape[2] <= TILE_ELEMENTS
+        num_slots, tokens = self.shape[1], self.key_BGTD.shape[2]
+        fitting = max(1, TILE_ELEMENTS // tokens)
         for batch, num_rows in enumerate(num_rows_B):
-            size = max(num_rows, 1) if whole else _QUERY_ROWS
+            whole = num_slots * num_rows <= fitting
+            size = max(1, num_rows) if whole else min(_QUERY_ROWS, fitting)
             for start in range(0, num_rows, size):
                 rows = slice(start, min(start + size, num_rows))
                 keys = slice(min(first_BQ[batch][rows]), max(last_BQ[batch][rows]) + 1)
@@ -84,8 +86,8 @@ class _Layer:
                     continue
                 area = (rows.stop - rows.start) * (keys.stop - keys.start)
                 heads = max(1, TILE_ELEMENTS // area)
-                for slot in range(0, self.shape[1], heads):
-                    yield _Tile(batch, slice(slot, min(slot + heads, self.shape[1])), rows, keys)
+                for slot in range(0, num_slots, heads):
+                    yield _Tile(batch, slice(slot, min(slot + heads, num_slots)), rows, keys)
 
     def queries(self, tile: _Tile) -> Tensor:
         """The student's queries [C,K,D], scaled."""
@@ -227,13 +229,18 @@ def _scores(layer: _Layer, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
     return query_CKD, key_CMD, layer.hide(query_CKD @ key_CMD.transpose(1, 2), tile)
 
 
-def _softmax(scores_CKM: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn scores in place into probabilities; returns them and the log denominators [C,K].
+def _softmax_(scores_CKM: Tensor) -> Tensor:
+    """Turn scores in place into probabilities.
 
     The fused kernel, as an exponential of its own is many times slower where scores are hidden.
     """
+    return torch.softmax(scores_CKM, dim=-1, out=scores_CKM)
+
+
+def _softmax_and_log_sum_(scores_CKM: Tensor) -> tuple[Tensor, Tensor]:
+    """The same; also return the logarithms of the denominators [C,K]."""
     top_CK = scores_CKM.amax(dim=-1)
-    p_CKM = torch.softmax(scores_CKM, dim=-1, out=scores_CKM)
+    p_CKM = _softmax_(scores_CKM)
     return p_CKM, top_CK - p_CKM.amax(dim=-1).log()
 
 
@@ -247,7 +254,7 @@ def _stored_forward(layer: _Layer) -> tuple[Tensor, Tensor]:
         kept = stored.entries(tile)
         _, _, scores_CKM = _scores(layer, tile)
         score_N = scores_CKM.view(-1)[kept.flat_N]
-        p_CKM, log_z_CK = _softmax(scores_CKM)
+        p_CKM, log_z_CK = _softmax_and_log_sum_(scores_CKM)
         log_p_N = score_N - log_z_CK.view(-1)[kept.row_N]
         if epsilon > 0:
             log_p_N = (log_p_N.exp() + epsilon).log()
@@ -278,7 +285,7 @@ def _stored_backward(
         kept = stored.entries(tile)
         query_CKD, key_CMD, scores_CKM = _scores(layer, tile)
         grad_CK, rest_CK = grad_BSQ[layer.at(tile)], rest_BSQ[layer.at(tile)]
-        p_CKM, _ = _softmax(scores_CKM)
+        p_CKM = _softmax_(scores_CKM)
         p_N, u_N = p_CKM.view(-1)[kept.flat_N], kept.value_N
         if epsilon > 0:
             u_N = u_N * p_N / (p_N + epsilon)
@@ -311,8 +318,8 @@ def _pair_forward(layer: _Layer) -> tuple[Tensor]:
         _, _, scores_CKM = _scores(layer, tile)
         theirs_CKM = _teacher_scores(layer, tile, layer.teacher)
         excess_CKM = theirs_CKM - scores_CKM
-        p_CKM, log_z_CK = _softmax(scores_CKM)
-        t_CKM, log_y_CK = _softmax(theirs_CKM)
+        p_CKM, log_z_CK = _softmax_and_log_sum_(scores_CKM)
+        t_CKM, log_y_CK = _softmax_and_log_sum_(theirs_CKM)
         if epsilon > 0:
             kl_CK = (torch.xlogy(t_CKM, t_CKM) - t_CKM * (p_CKM + epsilon).log()).sum(dim=-1)
         else:
@@ -330,8 +337,8 @@ def _pair_backward(
     epsilon = layer.geometry.epsilon
     for tile in layer.tiles():
         query_CKD, key_CMD, scores_CKM = _scores(layer, tile)
-        p_CKM, _ = _softmax(scores_CKM)
-        u_CKM, _ = _softmax(_teacher_scores(layer, tile, layer.teacher))
+        p_CKM = _softmax_(scores_CKM)
+        u_CKM = _softmax_(_teacher_scores(layer, tile, layer.teacher))
         grad_CK = grad_BSQ[layer.at(tile)].masked_fill(
             ~layer.teacher.valid_BSQ[layer.at(tile)], 0.0
         )

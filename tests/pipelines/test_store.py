@@ -101,7 +101,8 @@ def test_upload_copies_folders_and_files_with_their_digests(store: Store, tmp_pa
 
 
 def test_missing_and_broken_files_are_named(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=f"{tmp_path}/root/a/b: failed while reading: there is no"):
+    missing = tmp_path / "root" / "a" / "b"
+    with pytest.raises(StoreError, match=f"{missing}: failed while reading: there is no"):
         store.read_bytes("a/b")
     store.write_bytes("a/b", b'{"cut": ')
     with pytest.raises(StoreError, match="a/b: 8 bytes that are not JSON"):
