@@ -29,22 +29,13 @@ from seekr.attention import probing, token_positions
 from seekr.attention_kl import reduce_attention_kl
 from seekr.batch_targets import BatchTargets, collate_targets
 from seekr.batches import BatchPlan
+from seekr.collation import Batch, collate, collate_prompts
 from seekr.distillation import DistillationProbe
 from seekr.importance import HeadArray, combine, forgettability, score_batch, task_sensitivity
 from seekr.losses import answer_nll, logit_kl
 from seekr.metrics import AccuracyMatrix, exact_match
 from seekr.models import generate_greedy, load_model, load_tokenizer
-from seekr.prompts import (
-    Batch,
-    Example,
-    Template,
-    TokenizedRow,
-    collate,
-    collate_prompts,
-    encode,
-    eos_id_of,
-    pad_id_of,
-)
+from seekr.prompts import Example, Template, TokenizedRow, encode, eos_id_of, pad_id_of
 from seekr.sampling import draw, query_positions, replay_size
 from seekr.selection import HeadSelection, select_heads
 from seekr.teacher import Keep, TeacherTarget, place_positions, teach_batch

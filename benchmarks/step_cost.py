@@ -45,12 +45,14 @@ from transformers.masking_utils import sdpa_mask
 
 from benchmarks.machine import OWN_PAGES, describe, reset_peak_memory
 from benchmarks.machine import peak_memory as peak_of_process
+from seekr.answers import WholeLogits
 from seekr.attention import Observation, probing, register
 from seekr.attention_kl import TeacherPair, reduce_attention_kl
 from seekr.batch_targets import collate_targets
+from seekr.collation import Batch, collate
 from seekr.distillation import DistillationProbe
-from seekr.losses import AnswerLogits, answer_nll, logit_kl
-from seekr.prompts import Batch, TokenizedRow, collate
+from seekr.losses import AnswerNLL, LogitKL, answer_nll
+from seekr.prompts import TokenizedRow
 from seekr.sampling import query_positions
 from seekr.teacher import Keep, place_positions, teach_batch
 from seekr.teacher_store import decode_target, encode_target
@@ -190,12 +192,13 @@ def step_of(
             capture.pairs if variant == "rows_all" else targets.attention,
         )
         with probing(model, probe):
-            logits = AnswerLogits(_logits(model, batch))
+            nll = AnswerNLL(batch.labels_BT)
+            nll_B, kl_B = WholeLogits(_logits(model, batch)).sums(nll, LogitKL(targets))
             valid = {layer: torch.ones_like(kl).bool() for layer, kl in probe.kl_by_layer.items()}
             attention = reduce_attention_kl(probe.kl_by_layer, valid).mean()
             _backward(
-                _nll(logits, batch)
-                + LOGIT_WEIGHT * logit_kl(logits, targets)[0].mean()
+                nll_B.sum() / len(nll.row_A)
+                + LOGIT_WEIGHT * kl_B.mean()
                 + ATTENTION_WEIGHT * attention
             )
 
@@ -236,7 +239,7 @@ def _logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model(input_ids=batch.input_ids_BT, use_cache=False).logits
 
 
-def _nll(logits: Tensor | AnswerLogits, batch: Batch) -> Tensor:
+def _nll(logits: Tensor, batch: Batch) -> Tensor:
     nll_B, count_B = answer_nll(logits, batch.labels_BT)
     return nll_B.sum() / count_B.sum()
 

@@ -30,13 +30,15 @@ from transformers import PreTrainedModel
 
 from benchmarks import code_model
 from benchmarks.machine import describe
+from seekr.answers import WholeLogits
 from seekr.attention import probing
 from seekr.batch_targets import collate_targets
-from seekr.losses import answer_nll
+from seekr.collation import Batch, collate
+from seekr.losses import answer_positions
 from seekr.methods import Outputs
 from seekr.methods.seekr import SEEKR
 from seekr.packing import pack
-from seekr.prompts import Batch, TokenizedRow, collate
+from seekr.prompts import TokenizedRow
 from seekr.sampling import query_positions
 from seekr.sparse_rows import SparseRows, keep_largest
 from seekr.teacher import Keep, TeacherTarget, teach_batch
@@ -160,9 +162,12 @@ def replay_losses(
     with probing(student, probe):
         logits = student(input_ids=batch.input_ids_BT, use_cache=False).logits
     outputs = Outputs(
-        logits_BTV=logits, batch=batch, targets=targets, attention_kl=probe.kl_by_layer
+        answers=WholeLogits(logits),
+        batch=batch,
+        targets=targets,
+        attention_kl=probe.kl_by_layer,
     )
-    tokens = int(answer_nll(logits.detach(), batch.labels_BT)[1].sum())
+    tokens = len(answer_positions(batch.labels_BT)[0])
     count = {"replay_tokens": tokens, "replay_rows": 1}
     terms = method.replay_terms(outputs)
     bare = {name: float(term.total.detach()) / count[term.per] for name, term in terms.items()}

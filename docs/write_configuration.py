@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipelines import config
+from pipelines import config, train_config
 from seekr.methods import METHODS
 
 TARGET = Path(__file__).with_name("configuration.md")
@@ -32,6 +32,8 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     *((f"method: {{name: {name}}}", model) for name, model in METHODS.items()),
     ("replay", config.ReplayConfig),
     ("train", config.TrainConfig),
+    ("train.lora", train_config.LoraConfig),
+    ("train.workers", train_config.WorkerRange),
     ("score", config.PoolConfig),
     ("teach", config.TeachConfig),
     ("evaluate", config.EvaluateConfig),

@@ -2,17 +2,15 @@
 
 Every field is typed, described, and either bears identity (it changes what is computed, so it enters
 fingerprints) or concerns execution only (where, with how many workers, how often to checkpoint: never
-in a fingerprint). `identity()` is the one place that tells them apart. Unknown fields are refused.
+in a fingerprint), see `section`. Unknown fields are refused.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -21,6 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pipelines.section import Section, execution
+from pipelines.train_config import TrainConfig
 from seekr.methods.derpp import DERpp
 from seekr.methods.mtl import MTL
 from seekr.methods.replay import Replay
@@ -32,38 +32,6 @@ Metric = Literal["exact_match", "accuracy", "rouge_l", "edit_similarity"]
 Name = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80, description="A plain name.")
 ]
-
-
-def execution(default: Any, **options: Any) -> Any:
-    """A field that does not bear identity."""
-    return Field(default=default, json_schema_extra={"execution": True}, **options)
-
-
-class Section(BaseModel):
-    """A part of the YAML: frozen, and without unknown fields."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _numbers_are_no_booleans(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and not {int, float}.isdisjoint({kind, *get_args(kind)}):
-            raise ValueError("a number is needed, and YAML reads yes, no, on and off as booleans")
-        return value
-
-
-def identity(section: BaseModel) -> dict[str, Any]:
-    """Return the fields that change what is computed, as plain JSON values."""
-    fields = type(section).model_fields
-    bearing = {
-        name
-        for name, field in fields.items()
-        if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra["execution"])
-    }
-    return section.model_dump(mode="json", include=bearing)
 
 
 class ModelConfig(Section):
@@ -164,43 +132,6 @@ class ReplayConfig(Section):
         if self.ratio is None and self.rows is None:
             raise ValueError("ratio and rows are both null; set one of them")
         return self
-
-
-class TrainConfig(Section):
-    """Training of one task. The loss is normalised over the global batch."""
-
-    epochs: int = Field(default=1, ge=1)
-    """Passes over a task's rows."""
-    batch_size: int = Field(default=32, ge=1)
-    """New rows per optimizer step over all workers; replayed rows come on top."""
-    learning_rate: float = Field(default=1e-5, gt=0)
-    """Peak rate of AdamW."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Of the learning rate after warm-up; linear and cosine end at 0."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps in which the rate rises linearly."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled, as AdamW has it."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamW's mean of gradients."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of AdamW's mean of squared gradients."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """The whole gradient is clipped to this norm."""
-    micro_batch_size: int = execution(8, ge=1)
-    """Rows per forward pass of a worker. Does not change the result."""
-    workers: int = execution(1, ge=1)
-    """Training processes."""
-    strategy: Literal["ddp", "fsdp"] = execution("ddp")
-    """`fsdp` is FSDP2 (fully_shard)."""
-    cpus_per_worker: int = execution(1, ge=1)
-    """Cores, and torch threads, of each."""
-    gpus_per_worker: float = execution(0, ge=0)
-    """Devices of each; 0 trains on the CPU with gloo."""
-    checkpoint_every: int = execution(200, ge=1)
-    """Optimizer steps between checkpoints."""
-    max_failures: int = execution(3, ge=0)
-    """Worker failures survived per stage, each from the last checkpoint."""
 
 
 class PoolConfig(Section):

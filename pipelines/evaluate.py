@@ -21,9 +21,10 @@ from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
 from pipelines.rowsets import TEST, kind_folder, load_rows_table, rows_of
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
+from seekr.collation import collate_prompts
 from seekr.metrics import METRICS
 from seekr.models import generate_greedy, load_tokenizer
-from seekr.prompts import collate_prompts, eos_id_of, pad_id_of
+from seekr.prompts import eos_id_of, pad_id_of
 
 CELLS = "scores.json"
 PREDICTIONS = "predictions.parquet"

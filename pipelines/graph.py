@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.config import StreamConfig, TaskConfig, identity
+from pipelines.config import StreamConfig, TaskConfig
+from pipelines.section import identity
 from pipelines.stage import Stage
 from pipelines.survey import Facts
 from seekr.methods.seekr import SEEKR
@@ -19,7 +20,7 @@ from seekr.methods.seekr import SEEKR
 VERSIONS = {
     "ingest": 1,
     "sample": 1,
-    "train": 2,
+    "train": 3,
     "score": 2,
     "select": 1,
     "teach": 2,

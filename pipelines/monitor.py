@@ -23,6 +23,7 @@ class Monitor:
     def __init__(self) -> None:
         self._stages: dict[str, dict[str, Any]] = {}
         self._rows: dict[str, dict[str, int]] = {}
+        self._stopping = False
 
     def post(self, stage: str, reporter: str, fields: dict[str, Any]) -> None:
         """Merge fields of one reporter; its `rows_done` is added to the other reporters'."""
@@ -35,6 +36,14 @@ class Monitor:
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """Return the newest fields of all stages."""
         return self._stages
+
+    def stop(self) -> None:
+        """Ask all running stages to save what they have and end."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        """Return whether they were asked to."""
+        return self._stopping
 
     def clear(self, stage: str) -> None:
         """Forget a stage that has ended."""

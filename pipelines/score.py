@@ -17,8 +17,8 @@ from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
 from pipelines.rowsets import REPLAY, load_rows_table, rows_of, write_rows
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
+from seekr.collation import collate
 from seekr.importance import HeadStatistics, score_batch
-from seekr.prompts import collate
 from seekr.sampling import query_positions
 from seekr.teacher import place_positions
 

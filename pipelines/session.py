@@ -58,7 +58,7 @@ def ray_session(configs: Sequence[StreamConfig]) -> Iterator[None]:
 def required_cpus(config: StreamConfig) -> float:
     """Return the logical CPUs that let a training run beside the actors of all pools."""
     pools = (config.score, config.teach, config.evaluate)
-    training = config.train.workers * config.train.cpus_per_worker
+    training = config.train.most_workers * config.train.cpus_per_worker
     return training + sum(pool.actors * pool.cpus for pool in pools) + _TASK_CPUS
 
 
@@ -81,10 +81,10 @@ def _check_resources(config: StreamConfig) -> None:
     total = ray.cluster_resources()
     pools = (config.score, config.teach, config.evaluate)
     wanted_gpus = max(
-        [config.train.workers * config.train.gpus_per_worker]
+        [config.train.fewest_workers * config.train.gpus_per_worker]
         + [pool.actors * pool.gpus for pool in pools]
     )
-    wanted = {"CPU": config.train.workers * config.train.cpus_per_worker, "GPU": wanted_gpus}
+    wanted = {"CPU": config.train.fewest_workers * config.train.cpus_per_worker, "GPU": wanted_gpus}
     for name, needed in wanted.items():
         has = total.get(name, 0.0)
         if needed > has:

@@ -19,7 +19,7 @@ from pipelines.rowsets import REPLAY, load_rows_table, rows_of, write_rows
 from pipelines.select import read_selection
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
-from seekr.prompts import collate
+from seekr.collation import collate
 from seekr.sampling import query_positions
 from seekr.teacher import Keep, teach_batch
 from seekr.teacher_store import encode_target

@@ -6,6 +6,7 @@ that finds the stage unfinished continues from the newest checkpoint there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ray.train import (
@@ -28,7 +29,6 @@ from pipelines.workspace import CHECKPOINTS, Workspace
 from seekr.errors import SeekrError
 
 HISTORY = "history.json"
-_KEPT_CHECKPOINTS = 2
 # Groups that do not start: killed at birth, or a minute without the resources they ask for.
 _MIN_START_FAILURES = 10
 
@@ -51,11 +51,13 @@ def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
     resources: dict[str, float] = {"CPU": execution.cpus_per_worker}
     if execution.gpus_per_worker:
         resources["GPU"] = execution.gpus_per_worker
+    fewest, most = execution.fewest_workers, execution.most_workers
+    workers = most if fewest == most else (fewest, most)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"spec": spec},
         scaling_config=ScalingConfig(
-            num_workers=execution.workers,
+            num_workers=workers,
             use_gpu=execution.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -67,7 +69,7 @@ def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
                 max_failures=execution.max_failures,
                 controller_failure_limit=max(_MIN_START_FAILURES, execution.max_failures),
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=_KEPT_CHECKPOINTS),
+            checkpoint_config=CheckpointConfig(num_to_keep=execution.keep_checkpoints),
         ),
     )
     return _outcome(workspace, _fit(trainer, task))
@@ -88,14 +90,28 @@ def _fit(trainer: TorchTrainer, task: str) -> dict[str, Any]:
             "cluster has what train.workers, cpus_per_worker and gpus_per_worker ask for, and run again"
         ) from error
     if "diverged" in found:
-        where = found["diverged"]
-        raise SeekrError(
-            f"training of {task} diverged at step {where['step']}: loss {where['loss']}, gradient "
-            f"norm {where['grad_norm']}; both must be finite. The step's rows are "
-            f"{', '.join(where['row_ids'][:8])} ... Lower train.learning_rate or the method's "
-            "weights, or look at these rows"
+        raise SeekrError(_divergence(task, found["diverged"]))
+    if "stopped" in found:
+        raise Stopped(
+            f"training of {task} was asked to stop and did after step {found['stopped']}, whose "
+            "checkpoint is stored; run again to go on"
         )
     return found
+
+
+class Stopped(SeekrError):
+    """A stage ended early because the run was asked to; it goes on from where it was."""
+
+
+def _divergence(task: str, where: Mapping[str, Any]) -> str:
+    saved = where["checkpoint"]
+    good = f"the checkpoint after step {saved}" if saved else "none: the start of the task"
+    return (
+        f"training of {task} diverged at step {where['step']}: loss {where['loss']}, gradient norm "
+        f"{where['grad_norm']}; both must be finite. The last good state is {good}. The step's "
+        f"{len(where['row_ids'])} rows are {', '.join(where['row_ids'])}. Lower "
+        "train.learning_rate or the method's weights, or look at these rows"
+    )
 
 
 def _outcome(workspace: Workspace, found: dict[str, Any]) -> StageOutcome:

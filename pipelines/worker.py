@@ -1,9 +1,9 @@
-"""The loop of one training worker.
+"""One training worker under Ray Train: what stands between a stage and `seekr.training`.
 
-It takes rows that carry their targets, asks the method for loss terms, and steps the optimizer. All
-it does is a function of the stage's settings and the step number: which rows, what learning rate,
-which counts the loss is divided by. So a restart, another world size or another micro-batch gives the
-same sequence of updates.
+It builds the model on its device, resumes where the stage was left, takes the steps, writes
+checkpoints beside the training and tells what happens. Workers agree on everything that ends or
+interrupts a step sequence by numbers they exchange with the loss, so none of them waits for one that
+has left.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import time
-import zlib
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +22,26 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from pipelines.artifact import Artifact
-from pipelines.checkpoint import PROGRESS, load_training_state, save_shards, training_state
-from pipelines.config import TrainConfig
-from pipelines.microbatches import MicroBatch, TrainingRows
 from pipelines.monitor import Reporter
-from pipelines.parallel import Strategy, create_strategy
-from pipelines.pool import DTYPES, ModelSource
+from pipelines.pool import ModelSource
+from pipelines.signals import Signals
 from pipelines.store import Store
-from seekr.attention import probing
-from seekr.batches import BatchPlan
-from seekr.methods import Method, Outputs, Terms
+from pipelines.train_config import TrainConfig, training_execution
+from pipelines.training_rows import load_training_rows
+from pipelines.transfer import OutputFile
+from seekr.methods import Method
 from seekr.models import load_tokenizer
 from seekr.prompts import pad_id_of
+from seekr.training.build import Origin, file_name
+from seekr.training.checkpoint import check_masters, load_checkpoint, take_snapshot
+from seekr.training.export import export_adapters, export_model
+from seekr.training.loop import Training, Workers
+from seekr.training.ranges import check_equal
+from seekr.training.settings import Recipe
+from seekr.training.strategy import create_strategy
+
+PROGRESS = "progress.json"
+MODEL, ADAPTER = "model", "adapter"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +49,7 @@ class TrainSpec:
     """What a worker is given.
 
     Attributes:
-        store, key: the stage's folder, where rank 0 exports the model to.
+        store, key: the stage's folder, where the model is exported to.
         settings: the stage's identity fields.
         execution: workers, micro-batch size and the like.
         data, replay, targets: artifacts by task name.
@@ -67,182 +72,160 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return _Worker(config["spec"]).run()
 
 
-def learning_rate(settings: Mapping[str, Any], step: int, num_steps: int) -> float:
-    """Return the rate of step `step` (from 0): warm-up, then constant, linear or cosine to 0."""
-    peak, warmup = settings["learning_rate"], settings["warmup_steps"]
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    shapes = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }
-    return peak * shapes[settings["schedule"]]
-
-
 class _Worker:
     def __init__(self, spec: TrainSpec) -> None:
         context = ray.train.get_context()
-        self._rank, self._world = context.get_world_rank(), context.get_world_size()
-        self._spec, self._settings = spec, spec.settings
+        self._spec = spec
+        self._workers = Workers(rank=context.get_world_rank(), world_size=context.get_world_size())
         torch.set_num_threads(spec.execution.cpus_per_worker)
-        gpu = spec.execution.gpus_per_worker > 0
-        self._device = (
-            torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        on_gpu = spec.execution.gpus_per_worker > 0
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         )
+        source = spec.model
+        self._origin = Origin(folder=source.folder(), trust_remote_code=source.trust_remote_code)
         self._tokenizer = load_tokenizer(
-            spec.model.folder(), trust_remote_code=spec.model.trust_remote_code
+            self._origin.folder, trust_remote_code=source.trust_remote_code
         )
-        self._rows = TrainingRows.load(spec.data, spec.replay, spec.targets)
-        self._plan = BatchPlan(
-            row_ids=self._rows.task_ids,
-            replay_ids=self._rows.replay_ids,
-            epochs=self._settings["epochs"],
-            batch_size=self._settings["batch_size"],
-            batch_ratio=self._settings.get("batch_ratio", 1.0),
-            seed=self._settings["seed"],
+        self._recipe = Recipe.of(spec.settings)
+        execution = training_execution(spec.execution)
+        self._strategy = create_strategy(self._origin, self._recipe, execution, device)
+        self._training = Training(
+            self._recipe,
+            execution,
+            spec.method,
+            load_training_rows(spec.data, spec.replay, spec.targets),
+            self._strategy,
+            device,
+            pad_id_of(self._tokenizer),
+            self._workers,
         )
-        self._strategy = self._open_model()
-        self._parameters = self._strategy.parameters()
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=self._settings["learning_rate"],
-            betas=(self._settings["beta1"], self._settings["beta2"]),
-            weight_decay=self._settings["weight_decay"],
-            fused=gpu,
-        )
+        self._blocks = self._strategy.blocks()
+        self._signals = Signals(spec.report, self._workers.rank)
         self._history: list[dict[str, Any]] = []
-
-    def _open_model(self) -> Strategy:
-        dtype = DTYPES[self._settings["dtype"]]
-        model = self._spec.model.load("seekr", dtype=torch.float32).to(self._device)  # pyright: ignore
-        model.train()
-        return create_strategy(self._spec.execution.strategy, model, dtype)
+        self._saved = 0
 
     def run(self) -> dict[str, Any] | None:
+        """Take the steps that are left, then export."""
         first = self._resume()
-        for step in range(first, self._plan.num_steps):
-            entry = self._step(step)
+        num_steps, every = self._training.num_steps, self._spec.execution.checkpoint_every
+        for step in range(first, num_steps):
+            entry = self._training.step(step, self._signals.wishes())
+            heard = self._signals.heard(entry.pop("wishes"))
             self._history.append(entry)
             self._tell(step, entry)
             if not math.isfinite(entry["loss"]) or not math.isfinite(entry["grad_norm"]):
-                return self._diverged(step, entry)
+                return self._end({"diverged": self._where(step, entry)})
             done = step + 1
-            if done % self._spec.execution.checkpoint_every == 0 and done < self._plan.num_steps:
-                self._save(done)
+            if done == num_steps:
+                break
+            if heard.stop:
+                self._save(done, wait=True)
+                return self._end({"stopped": done})
+            if heard.preempted:
+                self._save(done, wait=True)
+            elif done % every == 0:
+                self._save(done, wait=False)
         return self._finish()
 
-    def _step(self, step: int) -> dict[str, Any]:
-        started = time.monotonic()
-        rows = self._plan.step(step)
-        rate = learning_rate(self._settings, step, self._plan.num_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.zero_grad(set_to_none=True)
-        # Dropout draws from the step's own seed, so a resumed training draws what it would have.
-        torch.manual_seed(zlib.crc32(f"{self._settings['seed']}/{step}/{self._rank}".encode()))
-        counts = self._rows.counts(rows)
-        micro_batches = self._rows.micro_batches(
-            rows, self._rank, self._world, self._spec.execution.micro_batch_size
-        )
-        sums: dict[str, torch.Tensor] = {}
-        for index, micro_batch in enumerate(micro_batches):
-            with self._strategy.micro_batch(last=index == len(micro_batches) - 1):
-                terms = self._pass(micro_batch, counts)
-            for name, term in terms.items():
-                value = (term.total / counts[term.per]).detach() * float(micro_batch.counts)
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value
-                sums["loss"] = sums.get("loss", torch.zeros_like(value)) + term.weight * value
-        norm = self._strategy.clip(self._settings["max_grad_norm"])
-        self._optimizer.step()
-        entry = {"step": step, "epoch": rows.epoch, "learning_rate": rate}
-        entry |= self._totals(sums) | {"grad_norm": norm, "tokens": counts["tokens"]}
-        return entry | {"seconds": round(time.monotonic() - started, 6)}
-
-    def _pass(self, micro_batch: MicroBatch, counts: Mapping[str, int]) -> Terms:
-        """Forward and backward on one micro-batch; returns its loss terms."""
-        batch, targets = micro_batch.tensors(pad_id_of(self._tokenizer), self._device)
-        model, method = self._strategy.module, self._spec.method
-        probe = None if targets is None else method.distillation(targets)
-        # The backward pass lies inside: activation checkpointing runs the forward pass again in it.
-        with nullcontext() if probe is None else probing(model, probe):
-            outputs = Outputs(
-                logits_BTV=model(
-                    input_ids=batch.input_ids_BT,
-                    attention_mask=batch.attention_mask_BT,
-                    use_cache=False,
-                ).logits,
-                batch=batch,
-                targets=targets,
-                attention_kl=None if probe is None else probe.kl_by_layer,
-            )
-            terms = (
-                method.replay_terms(outputs) if micro_batch.replay else method.task_terms(outputs)
-            )
-            parts = [term.weight * term.total / counts[term.per] for term in terms.values()]
-            # Gradients are averaged over workers; a pass that only keeps step weighs nothing.
-            weight = float(self._world) if micro_batch.counts else 0.0
-            (weight * torch.stack(parts).sum()).backward()
-        return terms
-
-    def _totals(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Add the workers' parts of every loss term."""
-        names = sorted(sums)
-        values = torch.stack([sums[name].float() for name in names])
-        if self._world > 1:
-            dist.all_reduce(values)
-        return dict(zip(names, values.tolist(), strict=True))
-
     def _tell(self, step: int, entry: Mapping[str, Any]) -> None:
-        if self._rank == 0:
-            speed = entry["tokens"] / max(entry["seconds"], 1e-9)
+        if self._workers.rank == 0:
             self._spec.report.post(
                 steps_done=step + 1,
-                steps=self._plan.num_steps,
+                steps=self._training.num_steps,
                 loss=entry["loss"],
-                tokens_per_second=speed,
+                tokens_per_second=entry["tokens"] / max(entry["seconds"], 1e-9),
             )
 
     def _resume(self) -> int:
-        """Load the newest checkpoint, if any; returns the next step."""
+        """Load the newest checkpoint, if any; returns the next step.
+
+        Either way the optimizer's master weights are compared with the files, bit for bit.
+        """
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
+            for block in self._blocks:
+                check_equal(
+                    self._strategy.source,
+                    file_name(block.name),
+                    block.start,
+                    block.part(block.master),
+                    "master weights",
+                )
             return 0
-        with checkpoint.as_directory() as folder:
-            load_training_state(Path(folder), self._parameters, self._optimizer)
-            progress = json.loads((Path(folder) / PROGRESS).read_text())
-        self._history = progress["history"]
+        with checkpoint.as_directory() as path:
+            folder = Path(path)
+            load_checkpoint(folder, self._blocks, self._strategy.optimizer)
+            self._strategy.refresh()
+            check_masters(folder, self._blocks)
+            progress = json.loads((folder / PROGRESS).read_text())
+        self._history, self._saved = progress["history"], progress["steps_done"]
         return progress["steps_done"]
 
-    def _save(self, steps_done: int) -> None:
+    def _save(self, steps_done: int, wait: bool) -> None:
+        """Write a checkpoint; without `wait` while the training goes on, from a copy in memory."""
+        snapshot = take_snapshot(self._blocks, self._strategy.optimizer)
         folder = Path(tempfile.mkdtemp(prefix="seekr-checkpoint-"))
-        state = training_state(self._parameters, self._optimizer)
-        mine = save_shards(folder, state, self._rank)
-        if self._rank == 0:
-            progress = {"steps_done": steps_done, "history": self._history}
-            (folder / PROGRESS).write_text(json.dumps(progress))
+        progress = json.dumps({"steps_done": steps_done, "history": self._history})
+        rank = self._workers.rank
+        store, place = self._spec.store, f"{self._spec.key}/checkpoints/run"
+
+        def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
+            snapshot.save(folder, rank)
+            if rank == 0:
+                (folder / PROGRESS).write_text(progress)
+            store.upload(folder, place, name)
+            return Checkpoint(store.full_path(f"{place}/{name}"), store.filesystem)
+
+        mine = bool(snapshot.tensors) or rank == 0
         ray.train.report(
             {"steps_done": steps_done},
             checkpoint=Checkpoint.from_directory(folder) if mine else None,
             checkpoint_dir_name=f"step-{steps_done:08d}",
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC,
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC
+            if wait
+            else CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
             delete_local_checkpoint_after_upload=True,
         )
+        self._saved = steps_done
 
-    def _diverged(self, step: int, entry: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Report a loss that is no number. Not an exception: trying again would end the same."""
-        rows = self._plan.step(step)
-        ids = [self._rows.task_ids[i] for i in rows.task]
-        ids += [self._rows.replay_ids[i] for i in rows.replay]
+    def _where(self, step: int, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Say where a loss became no number. Not an exception: trying again would end the same."""
         found = {"step": step, "loss": entry["loss"], "grad_norm": entry["grad_norm"]}
-        return {"diverged": found | {"row_ids": ids}} if self._rank == 0 else None
+        return found | {"row_ids": self._training.row_ids(step), "checkpoint": self._saved}
+
+    def _end(self, result: dict[str, Any]) -> dict[str, Any] | None:
+        return result if self._workers.rank == 0 else None
 
     def _finish(self) -> dict[str, Any] | None:
-        with tempfile.TemporaryDirectory(prefix="seekr-model-") as folder:
-            dtype = DTYPES[self._settings["dtype"]]
-            self._strategy.export(Path(folder), self._tokenizer, dtype)
-            if self._rank != 0:
-                return None
-            outputs = self._spec.store.upload(folder, self._spec.key, "model")
-        return {"outputs": outputs, "history": self._history}
+        with tempfile.TemporaryDirectory(prefix="seekr-model-") as path:
+            folder = Path(path)
+            (folder / MODEL).mkdir()
+            export_model(
+                self._strategy,
+                self._recipe,
+                self._origin,
+                self._tokenizer,
+                folder / MODEL,
+                self._workers,
+            )
+            if (lora := self._recipe.lora) is not None:
+                export_adapters(
+                    self._strategy,
+                    lora,
+                    str(self._origin.folder),
+                    folder / ADAPTER,
+                    self._workers.rank,
+                )
+            outputs = self._spec.store.upload(folder, self._spec.key, "")
+        outputs = self._gathered(outputs)
+        return self._end({"outputs": outputs, "history": self._history})
+
+    def _gathered(self, outputs: list[OutputFile]) -> list[OutputFile]:
+        """Return what all workers have written."""
+        if self._workers.world_size == 1:
+            return outputs
+        parts: list[Any] = [None] * self._workers.world_size
+        dist.all_gather_object(parts, outputs)
+        return [output for part in parts for output in part]

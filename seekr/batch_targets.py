@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seekr.collation import Batch
 from seekr.errors import DataError
 from seekr.losses import answer_positions
-from seekr.prompts import Batch
 from seekr.sparse_rows import SparseRows, concatenate
 from seekr.teacher import TeacherTarget, place_positions
 

@@ -10,7 +10,6 @@ Shape suffixes: B batch, L layers, H heads, Q query rows.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,10 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seekr.attention import evaluation_mode, inner_model, probing, token_positions
+from seekr.attention import evaluation_mode, probing
+from seekr.collation import Batch
 from seekr.errors import DataError
+from seekr.forward import batch_logits
 from seekr.losses import IGNORE_LABEL, answer_nll, answer_positions
-from seekr.prompts import Batch
 from seekr.score_probes import DifferenceProbe, GradientProbe
 
 Definition = Literal["paper", "official"]
@@ -77,7 +77,9 @@ def score_batch(
     Raises:
         DataError: a row has no answer token.
         UnsupportedModel: an attention mask is not one run of keys per query.
+        ValueError: the batch is packed.
     """
+    batch.check_one_row_each()
     real_BT = batch.attention_mask_BT.bool()
     gradient = GradientProbe(real_BT)
     with _frozen(after), probing(after, gradient), torch.enable_grad():
@@ -85,7 +87,7 @@ def score_batch(
         torch.autograd.grad(_summed_loss(after, batch), gradient.earliest)
     difference = DifferenceProbe(gradient.captured, real_BT, positions_BQ)
     with _frozen(before), probing(before, difference), torch.no_grad():
-        _logits_at(before, batch, torch.zeros(1, dtype=torch.long, device=real_BT.device))
+        batch_logits(before, batch, torch.zeros(1, dtype=torch.long, device=real_BT.device))
     sums = {
         "grad_sq_causal": gradient.causal_BLH,
         "grad_sq_square": gradient.square_BLH,
@@ -118,21 +120,8 @@ def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     kept_T = position_A.unique()
     # `answer_nll` reads the label one place on, so labels move up by one with the logits.
     labels_BT = functional.pad(batch.labels_BT[:, kept_T + 1], (1, 0), value=IGNORE_LABEL)
-    nll_B, _ = answer_nll(_logits_at(model, batch, kept_T), labels_BT)
+    nll_B, _ = answer_nll(batch_logits(model, batch, kept_T), labels_BT)
     return (nll_B / count_B).sum()
-
-
-def _logits_at(model: nn.Module, batch: Batch, kept_T: Tensor) -> Tensor:
-    """Return the logits of some columns; others are not computed where the model can leave them."""
-    can_keep = "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters
-    logits_BTV: Tensor = model(
-        input_ids=batch.input_ids_BT,
-        attention_mask=batch.attention_mask_BT,
-        position_ids=token_positions(batch.attention_mask_BT),
-        use_cache=False,
-        **({"logits_to_keep": kept_T} if can_keep else {}),
-    ).logits
-    return logits_BTV if can_keep else logits_BTV[:, kept_T]
 
 
 @contextmanager

@@ -1,24 +1,28 @@
-"""Losses on logits: answer NLL, logit KL and logit MSE, each as a per-row sum and a count.
+"""Losses on logits: answer NLL, logit KL and logit MSE, each one number per answer position.
 
-Sums and counts instead of means: a mean over a global batch can then be formed exactly whatever way
-the batch was split over devices. Only answer positions are ever turned into float32.
+Each is an object that knows its positions and turns the logits of any part of them into values, so
+it does not matter where logits come from, or how many exist at a time (`answers`). Values become
+sums per batch row, not means: a mean over a global batch can then be formed exactly whatever way the
+batch was split over devices. Only answer positions are ever turned into float32.
 
 A position here is where logits are read. With the shift, the one that predicts an answer token (the
 token before it); without, the answer token itself, which is what the official code distils.
 
-Shape suffixes: B batch, T tokens, A answer positions of the whole batch, V vocab.
+Shape suffixes: B batch, T tokens, A answer positions of the whole batch, C those of one part, V
+vocab, N kept entries.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from seekr.answers import PositionLoss, WholeLogits
 from seekr.errors import DataError
-from seekr.softmax import exact_dtype
 from seekr.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
@@ -40,127 +44,167 @@ def answer_positions(labels_BT: Tensor, *, shift: bool = True) -> tuple[Tensor, 
     return row_A, position_A
 
 
-class AnswerLogits:
-    """Logits [B,T,V], read at few positions, in float32 or better.
-
-    Losses that read the same positions share one reading. Backward makes a [B,T,V] gradient of each
-    reading, which is most of the memory that a second loss would take.
-    """
-
-    def __init__(self, logits_BTV: Tensor) -> None:
-        self.logits_BTV = logits_BTV
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def at(self, row_A: Tensor, position_A: Tensor) -> Tensor:
-        """Return the logits [A,V] of batch rows `row_A` at padded positions `position_A`."""
-        if self._last is not None:
-            row, position, known_AV = self._last
-            if torch.equal(row, row_A) and torch.equal(position, position_A):
-                return known_AV
-        logits_AV = self.logits_BTV[row_A, position_A].to(exact_dtype(self.logits_BTV.dtype))
-        self._last = (row_A, position_A, logits_AV)
-        return logits_AV
-
-
-def _reader(logits: Tensor | AnswerLogits) -> AnswerLogits:
-    return logits if isinstance(logits, AnswerLogits) else AnswerLogits(logits)
-
-
-def answer_nll(logits: Tensor | AnswerLogits, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True, eq=False)
+class AnswerNLL:
     """Negative log-likelihood of the answer tokens.
 
-    Args:
-        logits: [B,T,V], at least as wide as the labels; any float dtype.
+    Attributes:
         labels_BT: Token ids, -100 where no loss is taken.
-
-    Returns:
-        Sum per batch row [B] in float32 (float64 for float64 logits), and number of tokens [B].
+        row_A: Batch row of each answer token.
+        position_A: Padded position of the logits that predict it.
     """
-    row_A, position_A = answer_positions(labels_BT)
-    logits_AV = _reader(logits).at(row_A, position_A)
-    nll_A = functional.cross_entropy(logits_AV, labels_BT[row_A, position_A + 1], reduction="none")
-    return _per_row(nll_A, row_A, len(labels_BT))
+
+    labels_BT: Tensor
+    row_A: Tensor = field(init=False)
+    position_A: Tensor = field(init=False)
+    _label_A: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        row_A, position_A = answer_positions(self.labels_BT)
+        object.__setattr__(self, "row_A", row_A)
+        object.__setattr__(self, "position_A", position_A)
+        object.__setattr__(self, "_label_A", self.labels_BT[row_A, position_A + 1])
+
+    def __call__(self, logits_CV: Tensor, part: slice) -> Tensor:
+        return functional.cross_entropy(logits_CV, self._label_A[part], reduction="none")
 
 
-def logit_kl(logits: Tensor | AnswerLogits, targets: BatchTargets) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitKL:
     """KL(teacher || student) over the vocabulary at the targets' positions, equation (3).
 
     Where the teacher kept only its largest probabilities, all others count as one outcome.
 
-    Returns:
-        Sum per batch row [B], and number of positions [B] (0 for rows without a logit target).
-
     Raises:
-        DataError: teacher and student have vocabularies of different size.
+        ValueError: the targets have no logits.
+        DataError: when called, teacher and student have vocabularies of different size.
     """
-    log_student_AV = _student(_reader(logits), targets).log_softmax(dim=-1)
-    if isinstance(targets.logits, SparseRows):
-        kl_A = _sparse_kl(targets.logits, log_student_AV)
-    else:
-        log_teacher_AV = _whole(targets).to(log_student_AV.dtype).log_softmax(dim=-1)
-        kl_AV = functional.kl_div(log_student_AV, log_teacher_AV, reduction="none", log_target=True)
-        kl_A = kl_AV.sum(dim=-1)
-    return _per_row(kl_A, targets.logit_row_A, len(_reader(logits).logits_BTV))
+
+    targets: BatchTargets
+    _teacher: Tensor | SparseRows = field(init=False, repr=False)
+    _last_token: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        teacher = _logits_of(self.targets)
+        object.__setattr__(self, "_teacher", teacher)
+        object.__setattr__(self, "_last_token", _last_kept(teacher))
+
+    @property
+    def row_A(self) -> Tensor:
+        return self.targets.logit_row_A
+
+    @property
+    def position_A(self) -> Tensor:
+        return self.targets.logit_position_A
+
+    def __call__(self, logits_CV: Tensor, part: slice) -> Tensor:
+        vocab_size, teacher = logits_CV.shape[-1], self._teacher
+        if isinstance(teacher, SparseRows):
+            if self._last_token >= vocab_size:
+                raise DataError(
+                    f"a teacher kept token {self._last_token} and the student has tokens "
+                    f"0..{vocab_size - 1}; they must share a vocabulary: teach again with the "
+                    "model that is trained"
+                )
+            return _sparse_kl(teacher.cut(part.start, part.stop), logits_CV.log_softmax(dim=-1))
+        _check_width(teacher, vocab_size)
+        log_student_CV = logits_CV.log_softmax(dim=-1)
+        log_teacher_CV = teacher[part].to(log_student_CV.dtype).log_softmax(dim=-1)
+        kl_CV = functional.kl_div(log_student_CV, log_teacher_CV, reduction="none", log_target=True)
+        return kl_CV.sum(dim=-1)
 
 
-def _sparse_kl(teacher: SparseRows, log_student_AV: Tensor) -> Tensor:
-    """KL [A] with the teacher's tail, and the student's, as one outcome."""
-    vocab_size = log_student_AV.shape[-1]
-    last = int(teacher.columns_N.max()) if teacher.columns_N.numel() else 0
-    if last >= vocab_size:
-        raise DataError(
-            f"a teacher kept token {last} and the student has tokens 0..{vocab_size - 1}; they must "
-            "share a vocabulary: teach again with the model that is trained"
-        )
-    row_N, value_N = teacher.rows_N(), teacher.values_N.to(log_student_AV.dtype)
-    part_N = torch.xlogy(value_N, value_N) - value_N * log_student_AV[row_N, teacher.columns_N]
-    kl_A = part_N.new_zeros(len(teacher)).index_add(0, row_N, part_N)
-    tail_A = teacher.tail_R.to(log_student_AV.dtype)
-    kept_AV = torch.zeros_like(log_student_AV, dtype=torch.bool)
-    kept_AV[row_N, teacher.columns_N] = True
+def _sparse_kl(teacher: SparseRows, log_student_CV: Tensor) -> Tensor:
+    """KL [C] with the teacher's tail, and the student's, as one outcome."""
+    row_N, value_N = teacher.rows_N(), teacher.values_N.to(log_student_CV.dtype)
+    part_N = torch.xlogy(value_N, value_N) - value_N * log_student_CV[row_N, teacher.columns_N]
+    kl_C = part_N.new_zeros(len(teacher)).index_add(0, row_N, part_N)
+    tail_C = teacher.tail_R.to(log_student_CV.dtype)
+    kept_CV = torch.zeros_like(log_student_CV, dtype=torch.bool)
+    kept_CV[row_N, teacher.columns_N] = True
     # Rows without a tail keep an entry here, or their empty sum would have no gradient.
-    rest_AV = log_student_AV.masked_fill(kept_AV & (tail_A > 0)[:, None], -torch.inf)
-    log_rest_A = rest_AV.logsumexp(dim=-1)
-    return kl_A + torch.xlogy(tail_A, tail_A) - tail_A * log_rest_A
+    rest_CV = log_student_CV.masked_fill(kept_CV & (tail_C > 0)[:, None], -torch.inf)
+    log_rest_C = rest_CV.logsumexp(dim=-1)
+    return kl_C + torch.xlogy(tail_C, tail_C) - tail_C * log_rest_C
 
 
-def logit_mse(logits: Tensor | AnswerLogits, targets: BatchTargets) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitMSE:
     """Squared difference of logits, averaged over the vocabulary (DER++).
 
-    Returns:
-        Sum over positions per batch row [B], and number of positions [B].
-
     Raises:
-        DataError: teacher and student have vocabularies of different size, or the teacher kept only
-            its largest probabilities.
+        ValueError: the targets have no logits.
+        DataError: the teacher kept only its largest probabilities; or, when called, teacher and
+            student have vocabularies of different size.
     """
-    student_AV = _student(_reader(logits), targets)
-    mse_A = (student_AV - _whole(targets).to(student_AV.dtype)).square().mean(dim=-1)
-    return _per_row(mse_A, targets.logit_row_A, len(_reader(logits).logits_BTV))
+
+    targets: BatchTargets
+    _teacher_AV: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        teacher = _logits_of(self.targets)
+        if isinstance(teacher, SparseRows):
+            raise DataError(
+                "the targets hold the teacher's largest probabilities only; whole logits are "
+                "needed for a distance of logits: teach with logits_kept null"
+            )
+        object.__setattr__(self, "_teacher_AV", teacher)
+
+    @property
+    def row_A(self) -> Tensor:
+        return self.targets.logit_row_A
+
+    @property
+    def position_A(self) -> Tensor:
+        return self.targets.logit_position_A
+
+    def __call__(self, logits_CV: Tensor, part: slice) -> Tensor:
+        _check_width(self._teacher_AV, logits_CV.shape[-1])
+        teacher_CV = self._teacher_AV[part].to(logits_CV.dtype)
+        return (logits_CV - teacher_CV).square().mean(dim=-1)
 
 
-def _student(student: AnswerLogits, targets: BatchTargets) -> Tensor:
-    """Return the student's logits [A,V] at the targets' positions."""
-    logits, vocab_size = targets.logits, student.logits_BTV.shape[-1]
-    if logits is None:
+def _logits_of(targets: BatchTargets) -> Tensor | SparseRows:
+    if targets.logits is None:
         raise ValueError("the batch carries no logit targets; teach with logits=True")
-    if isinstance(logits, Tensor) and logits.shape[-1] != vocab_size:
-        raise DataError(
-            f"teacher logits have {logits.shape[-1]} entries and the student {vocab_size}; they "
-            "must share a vocabulary: teach again with the model that is trained"
-        )
-    return student.at(targets.logit_row_A, targets.logit_position_A)
-
-
-def _whole(targets: BatchTargets) -> Tensor:
-    if not isinstance(targets.logits, Tensor):
-        raise DataError(
-            "the targets hold the teacher's largest probabilities only; whole logits are needed for "
-            "a distance of logits: teach with logits_kept null"
-        )
     return targets.logits
 
 
-def _per_row(values_A: Tensor, row_A: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    sums_B = values_A.new_zeros(num_rows).index_add(0, row_A, values_A)
-    return sums_B, torch.bincount(row_A, minlength=num_rows)
+def _last_kept(teacher: Tensor | SparseRows) -> int:
+    """Return the largest token that was kept. Once per batch: a GPU is waited for here."""
+    if isinstance(teacher, Tensor) or not teacher.columns_N.numel():
+        return 0
+    return int(teacher.columns_N.max())
+
+
+def _check_width(teacher_AV: Tensor, vocab_size: int) -> None:
+    if teacher_AV.shape[-1] != vocab_size:
+        raise DataError(
+            f"teacher logits have {teacher_AV.shape[-1]} entries and the student {vocab_size}; they "
+            "must share a vocabulary: teach again with the model that is trained"
+        )
+
+
+def answer_nll(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `AnswerNLL` on whole logits of any float dtype, at least as wide as the labels.
+
+    Returns:
+        Sum per batch row [B] in float32 (float64 for float64 logits), and number of tokens [B].
+    """
+    return _sum_and_count(AnswerNLL(labels_BT), logits_BTV)
+
+
+def logit_kl(logits_BTV: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor]:
+    """Return `LogitKL` on whole logits: sum per batch row [B], and number of positions [B]."""
+    return _sum_and_count(LogitKL(targets), logits_BTV)
+
+
+def logit_mse(logits_BTV: Tensor, targets: BatchTargets) -> tuple[Tensor, Tensor]:
+    """Return `LogitMSE` on whole logits: sum per batch row [B], and number of positions [B]."""
+    return _sum_and_count(LogitMSE(targets), logits_BTV)
+
+
+def _sum_and_count(loss: PositionLoss, logits_BTV: Tensor) -> tuple[Tensor, Tensor]:
+    answers = WholeLogits(logits_BTV)
+    (sums_B,) = answers.sums(loss)
+    return sums_B, torch.bincount(loss.row_A, minlength=answers.num_rows)

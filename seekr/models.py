@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from seekr import attention as seekr_attention
+from seekr.collation import Batch
 from seekr.errors import ConfigError, UnsupportedModel
-from seekr.prompts import Batch
 
 AttentionName = Literal["seekr", "sdpa", "eager"]
 PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
@@ -92,7 +92,7 @@ def load_model(
         ConfigError: no such folder, no safetensors weights in it, or weights the model lacks.
     """
     folder = _model_folder(path)
-    _check_weights(folder)
+    check_weights(folder)
     if attention == "seekr":
         seekr_attention.register()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -151,7 +151,7 @@ def _model_folder(path: str | Path) -> Path:
     return folder
 
 
-def _check_weights(folder: Path) -> None:
+def check_weights(folder: Path) -> None:
     """Raise ConfigError unless there is one safetensors file, or an index and all its shards."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():

@@ -1,12 +1,10 @@
-"""From a row of text to tokens, and from tokens to a padded batch.
+"""From a row of text to tokens.
 
 A prompt is a template with a hole for the row's input. Template, input and answer are tokenised
 piece by piece and joined as ids, so three things hold by construction: only the input is ever cut,
 the loss mask falls exactly between prompt and answer, and the prompt of training is the prompt of
 evaluation (its budget is `max_length - max_answer_length`, however long the answer is). Text that
 comes from data is never read as a control token: an input with "</s>" in it is spelt out.
-
-Shape suffixes: B batch, T tokens.
 """
 
 from __future__ import annotations
@@ -19,13 +17,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from seekr.errors import ConfigError, DataError
 
-IGNORE_LABEL = -100
 PLAIN_TEMPLATE = "{input}"
 NATURAL_INSTRUCTIONS_TEMPLATE = (
     "Definition: {definition}\n\nNow complete the following example -\nInput: {input}\nOutput: "
@@ -38,7 +34,6 @@ DEFAULT_TEMPLATES: dict[str, str] = {
 }
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
-Side = Literal["left", "right"]
 Truncate = Literal["head", "tail"]
 
 
@@ -278,69 +273,3 @@ def _data(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if not text:
         return []
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Batch:
-    """Padded rows on one device. Integers are int64; labels are -100 at prompts and padding.
-
-    A row's real tokens are those from start_B (0 under right padding) to start_B + lengths_B.
-    """
-
-    input_ids_BT: torch.Tensor
-    attention_mask_BT: torch.Tensor
-    labels_BT: torch.Tensor
-    row_ids: tuple[str, ...]
-    lengths_B: torch.Tensor
-    start_B: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.row_ids)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with its tensors on `device`."""
-        return Batch(
-            input_ids_BT=self.input_ids_BT.to(device),
-            attention_mask_BT=self.attention_mask_BT.to(device),
-            labels_BT=self.labels_BT.to(device),
-            row_ids=self.row_ids,
-            lengths_B=self.lengths_B.to(device),
-            start_B=self.start_B.to(device),
-        )
-
-
-def collate(
-    rows: Sequence[TokenizedRow], pad_id: int, side: Side = "right", multiple_of: int = 1
-) -> Batch:
-    """Pad rows to the longest, rounded up to a multiple of `multiple_of`; label the answers."""
-    return _pad(rows, [len(row.input_ids) for row in rows], pad_id, side, multiple_of)
-
-
-def collate_prompts(rows: Sequence[TokenizedRow], pad_id: int) -> Batch:
-    """Pad the prompts alone, on the left, for generation. All labels are -100."""
-    return _pad(rows, [row.prompt_length for row in rows], pad_id, "left", 1)
-
-
-def _pad(
-    rows: Sequence[TokenizedRow], lengths: Sequence[int], pad_id: int, side: Side, multiple_of: int
-) -> Batch:
-    if not rows:
-        raise ValueError("cannot collate an empty list of rows")
-    width = -(-max(lengths) // multiple_of) * multiple_of
-    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    mask = np.zeros_like(ids)
-    labels = np.full_like(ids, IGNORE_LABEL)
-    starts = [width - length if side == "left" else 0 for length in lengths]
-    for index, (row, start, length) in enumerate(zip(rows, starts, lengths, strict=True)):
-        ids[index, start : start + length] = row.input_ids[:length]
-        mask[index, start : start + length] = 1
-        answer = row.input_ids[row.prompt_length : length]
-        labels[index, start + row.prompt_length : start + length] = answer
-    return Batch(
-        input_ids_BT=torch.from_numpy(ids),
-        attention_mask_BT=torch.from_numpy(mask),
-        labels_BT=torch.from_numpy(labels),
-        row_ids=tuple(row.row_id for row in rows),
-        lengths_B=torch.tensor(list(lengths), dtype=torch.int64),
-        start_B=torch.tensor(starts, dtype=torch.int64),
-    )

@@ -19,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from seekr.attention import evaluation_mode, probing, token_positions
+from seekr.attention import evaluation_mode, probing
+from seekr.collation import Batch
 from seekr.errors import DataError
+from seekr.forward import batch_logits
 from seekr.losses import answer_positions
 from seekr.probes import RowProbe
-from seekr.prompts import Batch
 from seekr.softmax import exact_dtype
 from seekr.sparse_rows import SparseRows, keep_largest
 
@@ -74,7 +75,9 @@ def place_positions(positions: Sequence[NDArray[np.int64]], batch: Batch) -> Ten
 
     Raises:
         DataError: a position lies outside its row.
+        ValueError: the batch is packed.
     """
+    batch.check_one_row_each()
     width = max((len(row) for row in positions), default=0)
     placed_BQ = torch.full((len(positions), width), -1, dtype=torch.int64)
     lengths, starts = batch.lengths_B.tolist(), batch.start_B.tolist()
@@ -118,9 +121,9 @@ def teach_batch(
     with evaluation_mode(model), torch.no_grad():
         if heads:
             with probing(model, probe):
-                logits_BTV = _forward(model, batch)
+                logits_BTV = batch_logits(model, batch)
         else:
-            logits_BTV = _forward(model, batch)
+            logits_BTV = batch_logits(model, batch)
         answers = _answer_logits(logits_BTV, batch, shift) if logits else [None] * len(batch)
         targets: list[TeacherTarget] = []
         for index, length in enumerate(batch.lengths_B.tolist()):
@@ -135,15 +138,6 @@ def teach_batch(
             )
             targets.append(target)
     return targets
-
-
-def _forward(model: nn.Module, batch: Batch) -> Tensor:
-    return model(
-        input_ids=batch.input_ids_BT,
-        attention_mask=batch.attention_mask_BT,
-        position_ids=token_positions(batch.attention_mask_BT),
-        use_cache=False,
-    ).logits
 
 
 def _answer_logits(logits_BTV: Tensor, batch: Batch, shift: bool) -> list[Tensor]:

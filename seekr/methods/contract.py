@@ -14,10 +14,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from seekr.answers import Answers
 from seekr.batch_targets import BatchTargets
+from seekr.collation import Batch
 from seekr.distillation import DistillationProbe
-from seekr.losses import answer_nll
-from seekr.prompts import Batch
+from seekr.losses import AnswerNLL
 
 # What a term's total is divided by: a count over the whole optimizer step, on all workers.
 Unit = Literal["task_tokens", "replay_tokens", "replay_rows"]
@@ -46,11 +47,12 @@ class Needs:
 class Outputs:
     """One micro-batch after the forward pass: what losses are made from.
 
+    `answers` gives sums of losses on logits, from whole logits or in chunks: a method cannot tell.
     `targets` is set on replay rows when the method needs a teacher; `attention_kl[layer]` is [B, S,
     Q], the divergence of the student's attention on the heads and query rows that the targets name.
     """
 
-    logits_BTV: torch.Tensor
+    answers: Answers
     batch: Batch
     targets: BatchTargets | None = None
     attention_kl: dict[int, torch.Tensor] | None = None
@@ -84,7 +86,7 @@ class Method(BaseModel):
 
     def task_terms(self, outputs: Outputs) -> Terms:
         """Losses on rows of the task being learnt: next-token NLL on the answers."""
-        nll_B, _ = answer_nll(outputs.logits_BTV, outputs.batch.labels_BT)
+        (nll_B,) = outputs.answers.sums(AnswerNLL(outputs.batch.labels_BT))
         return {"task": Term(weight=1.0, total=nll_B.sum(), per="task_tokens")}
 
     def replay_terms(self, outputs: Outputs) -> Terms:

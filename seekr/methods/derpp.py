@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from seekr.losses import AnswerLogits, answer_nll, logit_kl, logit_mse
+from seekr.losses import AnswerNLL, LogitKL, LogitMSE
 from seekr.methods.contract import Method, Needs, Outputs, Term, Terms
 
 
@@ -32,10 +32,10 @@ class DERpp(Method):
 
     def replay_terms(self, outputs: Outputs) -> Terms:
         assert outputs.targets is not None
-        logits = AnswerLogits(outputs.logits_BTV)
-        nll_B, _ = answer_nll(logits, outputs.batch.labels_BT)
-        distance = logit_kl if self.logit_loss == "kl" else logit_mse
-        logits_B, _ = distance(logits, outputs.targets)
+        distance = LogitKL if self.logit_loss == "kl" else LogitMSE
+        nll_B, logits_B = outputs.answers.sums(
+            AnswerNLL(outputs.batch.labels_BT), distance(outputs.targets)
+        )
         return {
             "replay": Term(weight=self.replay_weight, total=nll_B.sum(), per="replay_tokens"),
             "logits": Term(weight=self.logit_weight, total=logits_B.sum(), per="replay_tokens"),

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from seekr.losses import answer_nll
+from seekr.losses import AnswerNLL
 from seekr.methods.contract import Method, Needs, Outputs, Term, Terms
 
 
@@ -20,5 +20,5 @@ class Replay(Method):
     """Weight of the replayed rows' next-token loss."""
 
     def replay_terms(self, outputs: Outputs) -> Terms:
-        nll_B, _ = answer_nll(outputs.logits_BTV, outputs.batch.labels_BT)
+        (nll_B,) = outputs.answers.sums(AnswerNLL(outputs.batch.labels_BT))
         return {"replay": Term(weight=self.replay_weight, total=nll_B.sum(), per="replay_tokens")}

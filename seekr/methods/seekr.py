@@ -10,7 +10,7 @@ from seekr.attention_kl import Reduction, reduce_attention_kl
 from seekr.batch_targets import BatchTargets
 from seekr.distillation import DistillationProbe
 from seekr.importance import Definition, Rule
-from seekr.losses import AnswerLogits, answer_nll, logit_kl
+from seekr.losses import AnswerNLL, LogitKL
 from seekr.methods.contract import Method, Needs, Outputs, Term, Terms
 
 _PREPARATION = frozenset(
@@ -68,9 +68,7 @@ class SEEKR(Method):
     def replay_terms(self, outputs: Outputs) -> Terms:
         targets, kl_by_layer = outputs.targets, outputs.attention_kl
         assert targets is not None and kl_by_layer is not None
-        logits = AnswerLogits(outputs.logits_BTV)
-        nll_B, _ = answer_nll(logits, outputs.batch.labels_BT)
-        logits_B, _ = logit_kl(logits, targets)
+        nll_B, logits_B = outputs.answers.sums(AnswerNLL(outputs.batch.labels_BT), LogitKL(targets))
         attention_B = reduce_attention_kl(kl_by_layer, targets.valid, self.attention_reduction)
         return {
             "replay": Term(weight=self.replay_weight, total=nll_B.sum(), per="replay_tokens"),

@@ -15,14 +15,13 @@ from pydantic import BaseModel, ValidationError
 from pipelines.config import (
     PoolConfig,
     RayConfig,
-    Section,
     StreamConfig,
     TeachConfig,
     TrackingConfig,
     TrainConfig,
-    identity,
 )
 from pipelines.load import load_config
+from pipelines.section import Section, identity
 from seekr.errors import ConfigError
 from seekr.methods import METHODS, Method
 from tests.pipelines.streams import make_stream, stream_values, write_yaml
@@ -198,7 +197,13 @@ def test_identity_of_training_is_what_changes_its_result() -> None:
         "cpus_per_worker",
         "gpus_per_worker",
         "checkpoint_every",
+        "keep_checkpoints",
         "max_failures",
+        "zero_stage",
+        "offload",
+        "activation_checkpointing",
+        "compile",
+        "pack_tokens",
     }
 
 

@@ -12,10 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointError
 
-from seekr.attention import probing, register, token_positions
+from seekr.attention import probing, register
 from seekr.errors import ConfigError, UnsupportedModel
+from seekr.forward import batch_logits
 from seekr.probes import RowProbe
-from seekr.prompts import Batch
 from seekr.score_probes import GradientProbe
 from seekr.softmax import masked_log_softmax
 from seekr.teacher import place_positions
@@ -25,33 +25,24 @@ HEADS = {0: (0, 3), 2: (1, 2, 3)}
 QUERIES = [np.array([0, 4, 8]), np.array([1, 4]), np.array([3, 5, 6])]
 
 
-def run(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    return model(
-        input_ids=batch.input_ids_BT,
-        attention_mask=batch.attention_mask_BT,
-        position_ids=token_positions(batch.attention_mask_BT),
-        use_cache=False,
-    ).logits
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_output_equals_stock_sdpa_bit_for_bit_with_and_without_a_probe(name: str, side) -> None:
     batch = tiny.batch(side)
-    stock = run(tiny.build(name, attention="sdpa", exact=False), batch)
+    stock = batch_logits(tiny.build(name, attention="sdpa", exact=False), batch)
     model = tiny.build(name, exact=False)
-    assert torch.equal(run(model, batch), stock)
+    assert torch.equal(batch_logits(model, batch), stock)
     with probing(model, RowProbe(HEADS, place_positions(QUERIES, batch))):
-        assert torch.equal(run(model, batch), stock)
+        assert torch.equal(batch_logits(model, batch), stock)
     with probing(model, GradientProbe(batch.attention_mask_BT.bool())):
-        assert torch.equal(run(model, batch), stock)
+        assert torch.equal(batch_logits(model, batch), stock)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_logits_equal_the_reference_attention_and_padding_takes_no_part(name: str, side) -> None:
     batch = tiny.batch(side)
-    logits = run(tiny.build(name), batch)
+    logits = batch_logits(tiny.build(name), batch)
     model = tiny.build(name, attention="reference")
     for index, row in enumerate(tiny.rows()):
         start = int(batch.start_B[index])
@@ -61,9 +52,9 @@ def test_logits_equal_the_reference_attention_and_padding_takes_no_part(name: st
 
 
 def test_registering_twice_changes_nothing() -> None:
-    before = run(tiny.build("llama2-gqa"), tiny.batch())
+    before = batch_logits(tiny.build("llama2-gqa"), tiny.batch())
     register()
-    assert torch.equal(run(tiny.build("llama2-gqa"), tiny.batch()), before)
+    assert torch.equal(batch_logits(tiny.build("llama2-gqa"), tiny.batch()), before)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -73,7 +64,7 @@ def test_row_probe_returns_the_rows_of_the_reference_maps(name: str, side) -> No
     model, slow = tiny.build(name), tiny.build(name, attention="reference")
     probe = RowProbe(HEADS, place_positions(QUERIES, batch))
     with probing(model, probe):
-        run(model, batch)
+        batch_logits(model, batch)
     assert sorted(probe.log_rows) == sorted(HEADS)
     for index, row in enumerate(tiny.rows()):
         maps = reference.forward(slow, row)[1]
@@ -93,7 +84,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_keeps_the_first_r
     for model in (plain, checkpointed):
         probe = RowProbe(HEADS, place_positions(QUERIES, batch))
         with probing(model, probe):
-            logits = run(model, batch)
+            logits = batch_logits(model, batch)
             rows = dict(probe.log_rows)
             loss = sum(value.exp().square().sum() for value in rows.values()) + logits.sum()
             loss.backward()
@@ -108,7 +99,7 @@ def test_checkpointed_backward_outside_probing_fails_loudly() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     probe = RowProbe(HEADS, place_positions(QUERIES, batch))
     with probing(model, probe):
-        run(model, batch)
+        batch_logits(model, batch)
     loss = sum(value.exp().square().sum() for value in probe.log_rows.values())
     with pytest.raises(CheckpointError, match="different number of tensors"):
         loss.backward()
@@ -120,7 +111,7 @@ def test_reentrant_checkpointing_is_refused_instead_of_losing_the_gradient() -> 
     model.gradient_checkpointing_enable({"use_reentrant": True})
     probe = RowProbe(HEADS, place_positions(QUERIES, batch))
     with probing(model, probe), pytest.raises(RuntimeError, match="use_reentrant=False"):
-        run(model, batch)
+        batch_logits(model, batch)
 
 
 def test_autocast_does_not_lower_the_precision_of_rows() -> None:
@@ -130,7 +121,7 @@ def test_autocast_does_not_lower_the_precision_of_rows() -> None:
         model = tiny.build("llama2-gqa", exact=False)
         probe = RowProbe({0: (0, 1, 2, 3)}, place_positions(QUERIES, batch))
         with probing(model, probe), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            run(model, batch)
+            batch_logits(model, batch)
         scores.append(probe.log_rows[0])
     assert scores[1].dtype == torch.float32
     finite = scores[0].isfinite()
@@ -162,7 +153,7 @@ def test_probing_twice_at_once_is_refused_and_leaves_the_first_attached() -> Non
     with probing(model, first):
         with pytest.raises(RuntimeError, match="already being probed"), probing(model, row_probe()):
             pass
-        run(model, tiny.batch())
+        batch_logits(model, tiny.batch())
     assert sorted(first.log_rows) == sorted(HEADS)
 
 
@@ -170,10 +161,10 @@ def test_probe_is_detached_after_an_exception() -> None:
     model, probe = tiny.build("llama2-mha"), row_probe()
     with pytest.raises(KeyboardInterrupt), probing(model, probe):
         raise KeyboardInterrupt
-    run(model, tiny.batch())
+    batch_logits(model, tiny.batch())
     assert probe.log_rows == {}
     with probing(model, probe):
-        run(model, tiny.batch())
+        batch_logits(model, tiny.batch())
     assert sorted(probe.log_rows) == sorted(HEADS)
 
 
@@ -185,7 +176,7 @@ def test_unknown_layers_and_heads_are_refused() -> None:
     with pytest.raises(ConfigError, match=message), probing(model, layer):
         pass
     with probing(model, head), pytest.raises(ValueError, match=r"heads 0\.\.3"):
-        run(model, tiny.batch())
+        batch_logits(model, tiny.batch())
 
 
 def test_additive_masks_and_cached_keys_are_refused_under_a_probe() -> None:
@@ -207,7 +198,7 @@ def test_probes_work_inside_ddp_and_fsdp2(tmp_path: Path) -> None:
     alone = RowProbe(HEADS, place_positions(QUERIES, batch))
     plain = tiny.build("llama2-gqa", seed=1, exact=False)
     with probing(plain, alone):
-        run(plain, batch)
+        batch_logits(plain, batch)
     store = distributed.FileStore(str(tmp_path / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -220,7 +211,7 @@ def test_probes_work_inside_ddp_and_fsdp2(tmp_path: Path) -> None:
         for model in (ddp, sharded):
             probe = RowProbe(HEADS, place_positions(QUERIES, batch))
             with probing(model, probe):
-                run(model, batch).sum().backward()
+                batch_logits(model, batch).sum().backward()
             assert sorted(probe.log_rows) == sorted(HEADS)
             assert all(torch.equal(probe.log_rows[at], alone.log_rows[at]) for at in HEADS)
     finally:

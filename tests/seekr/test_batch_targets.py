@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seekr.attention import probing, token_positions
+from seekr.attention import probing
 from seekr.batch_targets import BatchTargets, collate_targets
+from seekr.collation import collate
 from seekr.errors import DataError
+from seekr.forward import batch_logits
 from seekr.probes import RowProbe
-from seekr.prompts import collate
 from seekr.sparse_rows import SparseRows, keep_largest
 from seekr.teacher import Keep, TeacherTarget, teach_batch
 from tests.seekr import tiny
@@ -131,11 +132,7 @@ def test_collated_targets_lie_where_the_student_puts_its_own_rows(side: Any) -> 
     model = tiny.build("llama2-gqa")
     probe = RowProbe(joined.heads_by_layer, joined.positions_BQ)
     with probing(model, probe), torch.no_grad():
-        logits = model(
-            batch.input_ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            position_ids=token_positions(batch.attention_mask_BT),
-        ).logits
+        logits = batch_logits(model, batch)
     for layer in HEADS:
         seen = probe.log_rows[layer].exp()
         found = joined.attention[layer].dense_RC(seen.shape[-1]).reshape(seen.shape)

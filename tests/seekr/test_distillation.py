@@ -15,11 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointError
 
-from seekr.attention import probing, token_positions
+from seekr.attention import probing
 from seekr.attention_kl import reduce_attention_kl
 from seekr.batch_targets import BatchTargets, collate_targets
+from seekr.collation import Batch, collate
 from seekr.distillation import DistillationProbe
-from seekr.prompts import Batch, collate
+from seekr.forward import batch_logits
 from seekr.sparse_rows import concatenate
 from seekr.teacher import Keep, teach_batch
 from tests.seekr import reference, tiny
@@ -28,15 +29,6 @@ HEADS = {0: (0, 3), 2: (1, 2, 3)}
 QUERIES = [np.array([0, 4, 8]), np.array([1, 4]), np.array([3, 5, 6])]
 # Heads frozen per task: every row has its own.
 FROZEN = [{0: (0, 3), 2: (1,)}, {2: (0, 1, 2)}, {0: (1,), 1: (2, 3)}]
-
-
-def run(model: nn.Module, batch: Batch) -> Tensor:
-    return model(
-        input_ids=batch.input_ids_BT,
-        attention_mask=batch.attention_mask_BT,
-        position_ids=token_positions(batch.attention_mask_BT),
-        use_cache=False,
-    ).logits
 
 
 def taught(name: str, batch: Batch, exact: bool = True, keep: int | None = None) -> BatchTargets:
@@ -58,7 +50,7 @@ def distil(
     probe = probe_for(targets)
     with probing(model, probe):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            logits = run(model, batch)
+            logits = batch_logits(model, batch)
         kl_B = reduce_attention_kl(probe.kl_by_layer, targets.valid, "sum")
         loss = kl_B.sum() + logits.to(kl_B.dtype).square().mean()
         loss.backward()
@@ -85,7 +77,7 @@ def test_kl_equals_equation_12_row_by_row_with_heads_frozen_per_task(name: str, 
     joined = collate_targets(targets, batch)
     probe = probe_for(joined)
     with probing(student, probe), torch.no_grad():
-        run(student, batch)
+        batch_logits(student, batch)
     slow = [tiny.build(name, attention="reference", seed=seed) for seed in (1, 0)]
     for index, row in enumerate(tiny.rows()):
         expected = reference.attention_distillation(*slow, row, FROZEN[index], queries[index])
@@ -105,7 +97,7 @@ def test_gradients_of_parameters_equal_those_through_the_reference_maps(
     model, slow = tiny.build(name), tiny.build(name, attention="reference")
     probe = probe_for(targets)
     with probing(model, probe):
-        run(model, batch)
+        batch_logits(model, batch)
     loss = reduce_attention_kl(probe.kl_by_layer, targets.valid, "sum").sum()
     loss.backward()
     expected = torch.zeros((), dtype=torch.float64)
@@ -147,7 +139,7 @@ def test_a_layer_that_runs_again_in_backward_keeps_the_first_values() -> None:
     model, probe = tiny.build("llama2-gqa").train(), probe_for(targets)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with probing(model, probe):
-        run(model, batch)
+        batch_logits(model, batch)
         first = dict(probe.kl_by_layer)
         reduce_attention_kl(first, targets.valid).sum().backward()
     assert sorted(first) == sorted(HEADS)
@@ -160,7 +152,7 @@ def test_checkpointed_backward_outside_probing_fails_loudly() -> None:
     model, probe = tiny.build("llama2-gqa").train(), probe_for(targets)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with probing(model, probe):
-        run(model, batch)
+        batch_logits(model, batch)
     with pytest.raises(CheckpointError, match="different number of tensors"):
         reduce_attention_kl(probe.kl_by_layer, targets.valid).sum().backward()
 
@@ -170,7 +162,7 @@ def test_reentrant_checkpointing_is_refused_instead_of_losing_the_gradient() -> 
     model, probe = tiny.build("llama2-gqa").train(), probe_for(taught("llama2-gqa", batch))
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with probing(model, probe), pytest.raises(RuntimeError, match="use_reentrant=False"):
-        run(model, batch)
+        batch_logits(model, batch)
 
 
 def test_a_compiled_model_gives_the_same_loss_and_gradients_with_and_without_a_probe() -> None:
@@ -180,13 +172,13 @@ def test_a_compiled_model_gives_the_same_loss_and_gradients_with_and_without_a_p
     compiled = torch.compile(inner, backend="aot_eager")
     try:
         for _ in range(2):  # the second time finds what the first compiled
-            torch.testing.assert_close(run(compiled, batch), run(eager, batch))
+            torch.testing.assert_close(batch_logits(compiled, batch), batch_logits(eager, batch))
             expected, found = distil(eager, batch, targets), distil(compiled, batch, targets)
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
             equal_gradients(inner, eager, rtol=1e-6, atol=1e-11)
         graphs = counters["stats"]["unique_graphs"]
         for _ in range(2):
-            run(compiled, batch)
+            batch_logits(compiled, batch)
             distil(compiled, batch, targets)
         assert counters["stats"]["unique_graphs"] == graphs
     finally:
@@ -224,7 +216,7 @@ def test_autocast_lowers_the_projections_and_not_the_kl() -> None:
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=0)
     probe = probe_for(targets)
     with probing(cast, probe), torch.autocast("cpu", dtype=torch.bfloat16):
-        run(cast, batch)
+        batch_logits(cast, batch)
     assert {kl.dtype for kl in probe.kl_by_layer.values()} == {torch.float32}
     own = taught(
         "llama2-gqa", batch, exact=False
@@ -232,7 +224,7 @@ def test_autocast_lowers_the_projections_and_not_the_kl() -> None:
     same = probe_for(own)
     teacher = tiny.build("llama2-gqa", seed=1, exact=False)
     with probing(teacher, same), torch.autocast("cpu", dtype=torch.bfloat16):
-        run(teacher, batch)
+        batch_logits(teacher, batch)
     assert all((kl >= -1e-6).all() and (kl < 0.05).all() for kl in same.kl_by_layer.values())
 
 
@@ -243,7 +235,7 @@ def test_packed_rows_cost_what_they_cost_alone(name: str) -> None:
     alone, packed = tiny.build(name), tiny.build(name)
     probe = probe_for(targets)
     with probing(alone, probe):
-        run(alone, batch)
+        batch_logits(alone, batch)
     expected = reduce_attention_kl(probe.kl_by_layer, targets.valid, "sum").sum()
     expected.backward()
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seekr import score_probes
+from seekr.collation import Side, collate
 from seekr.errors import DataError
 from seekr.importance import (
     HeadStatistics,
@@ -20,7 +21,7 @@ from seekr.importance import (
     score_batch,
     task_sensitivity,
 )
-from seekr.prompts import Side, TokenizedRow, collate
+from seekr.prompts import TokenizedRow
 from seekr.sampling import query_positions
 from seekr.teacher import place_positions
 from tests.seekr import reference, tiny

@@ -11,9 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seekr.answers import WholeLogits
 from seekr.batch_targets import BatchTargets, collate_targets
 from seekr.errors import DataError
-from seekr.losses import AnswerLogits, answer_nll, answer_positions, logit_kl, logit_mse
+from seekr.losses import (
+    AnswerNLL,
+    LogitKL,
+    LogitMSE,
+    answer_nll,
+    answer_positions,
+    logit_kl,
+    logit_mse,
+)
 from seekr.sparse_rows import SparseRows, keep_largest
 from seekr.teacher import Keep, teach_batch
 from tests.seekr import reference, tiny
@@ -306,20 +315,50 @@ def test_a_batch_row_without_a_target_counts_nothing() -> None:
 
 
 def test_losses_that_share_a_reading_of_the_logits_are_the_same_with_the_same_gradient() -> None:
-    torch.manual_seed(0)
-    labels = torch.tensor([[-100, -100, 3, 1], [-100, 2, 2, -100]])
-    apart = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    batch = tiny.batch()
+    apart = logits_of(batch).requires_grad_()
     shared = apart.detach().clone().requires_grad_()
-    first, _ = answer_nll(apart, labels)
-    second, _ = answer_nll(apart.sin() * 0 + apart, labels)
-    reader = AnswerLogits(shared)
-    third, _ = answer_nll(reader, labels)
-    fourth, _ = answer_nll(reader, labels)
-    row_A, position_A = answer_positions(labels)
-    assert reader.at(row_A, position_A) is reader.at(row_A.clone(), position_A)
-    other = reader.at(*answer_positions(labels, shift=False))
-    assert other.shape == (4, 5) and not torch.equal(other, reader.at(row_A, position_A))
-    (first + 2 * second).sum().backward()
-    (third + 2 * fourth).sum().backward()
-    assert torch.equal(first, third) and torch.equal(second, fourth)
+    targets, late = targets_of(batch), targets_of(batch, shift=False)
+    nll_B, _ = answer_nll(apart, batch.labels_BT)
+    kl_B, _ = logit_kl(apart, targets)
+    mse_B, _ = logit_mse(apart, late)
+    losses = (AnswerNLL(batch.labels_BT), LogitMSE(late), LogitKL(targets))
+    together = WholeLogits(shared).sums(*losses)
+    for found_B, expected_B in zip(together, (nll_B, mse_B, kl_B), strict=True):
+        assert torch.equal(found_B, expected_B)
+    (nll_B + 2 * kl_B + 3 * mse_B).sum().backward()
+    (together[0] + 2 * together[2] + 3 * together[1]).sum().backward()
     torch.testing.assert_close(apart.grad, shared.grad)
+
+
+class Reads:
+    """Logits that count how often they are read."""
+
+    def __init__(self, logits_BTV: torch.Tensor) -> None:
+        self.logits_BTV, self.shape, self.times = logits_BTV, logits_BTV.shape, 0
+
+    def __getitem__(self, at: Any) -> torch.Tensor:
+        self.times += 1
+        return self.logits_BTV[at]
+
+
+def test_losses_at_the_same_positions_read_the_logits_once() -> None:
+    batch = tiny.batch()
+    for shift, times in ((True, 1), (False, 2)):
+        reads: Any = Reads(logits_of(batch))
+        losses = AnswerNLL(batch.labels_BT), LogitKL(targets_of(batch, shift))
+        WholeLogits(reads).sums(*losses)
+        assert reads.times == times
+
+
+@pytest.mark.parametrize("keep", [None, 4])
+def test_a_part_of_the_positions_gives_that_part_of_the_values(keep: int | None) -> None:
+    batch = tiny.batch()
+    targets = targets_of(batch, keep=keep)
+    losses = [AnswerNLL(batch.labels_BT), LogitKL(targets)]
+    losses += [LogitMSE(targets)] if keep is None else []
+    for loss in losses:
+        logits_AV = logits_of(batch)[loss.row_A, loss.position_A]
+        whole_A = loss(logits_AV, slice(0, 6))
+        parts = [loss(logits_AV[i:j], slice(i, j)) for i, j in ((0, 1), (1, 1), (1, 4), (4, 6))]
+        torch.testing.assert_close(torch.cat(parts), whole_A, rtol=1e-13, atol=1e-15)

@@ -9,13 +9,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from seekr.answers import WholeLogits
 from seekr.attention import probing, register
 from seekr.batch_targets import collate_targets
+from seekr.collation import Batch, collate
 from seekr.errors import DataError
 from seekr.methods import METHODS, SEEKR, Method, Outputs
 from seekr.models import byte_tokenizer, tiny_llama
 from seekr.probes import RowProbe
-from seekr.prompts import Batch, Example, Template, collate, encode
+from seekr.prompts import Example, Template, encode
 from seekr.sampling import query_positions
 from seekr.sparse_rows import SparseRows
 from seekr.teacher import Keep, TeacherTarget, teach_batch
@@ -67,7 +69,12 @@ def outputs(student: torch.nn.Module, rows: Batch, targets: list[TeacherTarget])
     collated = collate_targets(targets, rows)
     probe = SEEKR().distillation(collated)
     logits = forward(student, rows, probe)
-    return Outputs(logits_BTV=logits, batch=rows, targets=collated, attention_kl=probe.kl_by_layer)
+    return Outputs(
+        answers=WholeLogits(logits),
+        batch=rows,
+        targets=collated,
+        attention_kl=probe.kl_by_layer,
+    )
 
 
 Case = tuple[Outputs, list[TeacherTarget], torch.nn.Module]

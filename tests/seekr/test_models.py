@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
 
+from seekr.collation import Batch, collate_prompts
 from seekr.errors import ConfigError, UnsupportedModel
 from seekr.models import (
     byte_tokenizer,
@@ -21,7 +22,7 @@ from seekr.models import (
     save_model,
     tiny_llama,
 )
-from seekr.prompts import Batch, Example, Template, collate_prompts, encode
+from seekr.prompts import Example, Template, encode
 
 TOKENIZER = byte_tokenizer()
 PAD, EOS = 0, 1

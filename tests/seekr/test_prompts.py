@@ -1,10 +1,9 @@
-"""A row's tokens: what is cut, what bears loss, what padding hides."""
+"""A row's tokens: what is cut, and what bears loss."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
@@ -18,8 +17,6 @@ from seekr.prompts import (
     TokenizedRow,
     check_limits,
     check_vocabulary,
-    collate,
-    collate_prompts,
     encode,
     eos_id_of,
     pad_id_of,
@@ -178,40 +175,3 @@ def test_a_row_survives_its_parquet_record():
     again = TokenizedRow.from_record(row.to_record())
     assert again.to_record() == row.to_record()
     assert again.input_ids.dtype == np.int32
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("multiple_of", [1, 8])
-def test_collate_pads_masks_and_labels_as_a_slow_loop_does(side: str, multiple_of: int):
-    rows = [encoded("abc", "xy"), encoded("a", "z"), encoded("abcdef", "")]
-    batch = collate(rows, 0, side=side, multiple_of=multiple_of)
-    width = batch.input_ids_BT.shape[1]
-    assert (
-        width % multiple_of == 0 and width - max(len(row.input_ids) for row in rows) < multiple_of
-    )
-    for index, row in enumerate(rows):
-        ids = row.input_ids.tolist()
-        labels = [-100] * row.prompt_length + ids[row.prompt_length :]
-        fill = width - len(ids)
-        before, after = (fill, 0) if side == "left" else (0, fill)
-        assert batch.input_ids_BT[index].tolist() == [0] * before + ids + [0] * after
-        assert batch.labels_BT[index].tolist() == [-100] * before + labels + [-100] * after
-        assert batch.attention_mask_BT[index].tolist() == (
-            [0] * before + [1] * len(ids) + [0] * after
-        )
-        assert batch.start_B[index] == before and batch.lengths_B[index] == len(ids)
-    assert batch.input_ids_BT.dtype == batch.labels_BT.dtype == torch.int64
-    assert batch.row_ids == tuple(row.row_id for row in rows) and len(batch) == 3
-
-
-def test_collated_prompts_hold_no_answer():
-    rows = [encoded("abc", "xy"), encoded("a", "zzzz")]
-    batch = collate_prompts(rows, 0).to("cpu")
-    assert batch.input_ids_BT.tolist() == [ids_of("abc"), [0, 0, *ids_of("a")]]
-    assert batch.labels_BT.eq(-100).all()
-    assert batch.start_B.tolist() == [0, 2] and batch.lengths_B.tolist() == [3, 1]
-
-
-def test_collating_nothing_is_an_error():
-    with pytest.raises(ValueError, match="empty"):
-        collate([], 0)

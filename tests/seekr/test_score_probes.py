@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from seekr import score_probes
 from seekr.attention import Observation, probing
+from seekr.collation import Side, collate
 from seekr.errors import UnsupportedModel
 from seekr.importance import score_batch
-from seekr.prompts import Side, collate
 from seekr.score_probes import DifferenceProbe, GradientProbe
 from seekr.spans import key_spans
 from seekr.teacher import place_positions

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from seekr.attention import probing, token_positions
+from seekr.attention import probing
+from seekr.collation import Batch, collate
 from seekr.errors import ConfigError, DataError
+from seekr.forward import batch_logits
 from seekr.probes import RowProbe
-from seekr.prompts import Batch, collate
 from seekr.sparse_rows import SparseRows
 from seekr.teacher import Keep, TeacherTarget, place_positions, teach_batch
 from seekr.teacher_store import decode_target, encode_target
@@ -30,12 +31,7 @@ def taught(side: Any = "right", **changes: Any) -> list[TeacherTarget]:
 
 def forward(model: torch.nn.Module, batch: Batch, probe: RowProbe) -> Tensor:
     with probing(model, probe), torch.no_grad():
-        return model(
-            batch.input_ids_BT,
-            attention_mask=batch.attention_mask_BT,
-            position_ids=token_positions(batch.attention_mask_BT),
-            use_cache=False,
-        ).logits
+        return batch_logits(model, batch)
 
 
 def dense_rows(target: TeacherTarget) -> dict[int, Tensor]:

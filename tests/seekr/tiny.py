@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from seekr.attention import register
-from seekr.prompts import Batch, Side, TokenizedRow, collate
+from seekr.collation import Batch, Side, collate
+from seekr.prompts import TokenizedRow
 from tests.seekr import reference
 
 VOCAB = 29

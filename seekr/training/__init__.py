@@ -1,0 +1,1 @@
+"""Training of one task by one or many workers, without Ray and without storage."""

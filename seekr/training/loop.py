@@ -1,0 +1,166 @@
+"""One optimizer step after the other: rows to passes, passes to loss terms, terms to an update.
+
+All that a step does is a function of the recipe and the step's number: which rows, what learning rate,
+which counts the loss is divided by. The loss is normalised over the tokens of the global batch, so a
+restart, another number of workers, another cut into passes give the same sequence of updates. Loss
+terms are formed inside the model's forward pass, where the output layer's weights are at hand however
+they are sharded, and logits exist for a few positions at a time.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seekr.answers import Answers, HiddenStates, WholeLogits, has_plain_head, reading_head
+from seekr.attention import probing
+from seekr.batches import BatchPlan
+from seekr.forward import check_packable
+from seekr.methods import Method, Outputs, Terms
+from seekr.training.microbatches import MicroBatch, TrainingRows
+from seekr.training.schedule import learning_rate
+from seekr.training.settings import Execution, Recipe
+from seekr.training.strategy import Strategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """This worker among all."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class Training:
+    """The steps of one training on one worker.
+
+    Attributes:
+        strategy: Holds the model and the optimizer.
+        plan: Which rows each step sees.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        execution: Execution,
+        method: Method,
+        rows: TrainingRows,
+        strategy: Strategy,
+        device: torch.device,
+        pad_id: int,
+        workers: Workers,
+    ) -> None:
+        self.strategy = strategy
+        self.plan = BatchPlan(
+            row_ids=rows.task_ids,
+            replay_ids=rows.replay_ids,
+            epochs=recipe.epochs,
+            batch_size=recipe.batch_size,
+            batch_ratio=recipe.batch_ratio,
+            seed=recipe.seed,
+        )
+        self._recipe, self._execution, self._method = recipe, execution, method
+        self._rows, self._device, self._pad_id = rows, device, pad_id
+        self._workers = workers
+        self._plain_head = has_plain_head(strategy.model)
+        if execution.pack_tokens is not None:
+            check_packable(strategy.module)
+
+    @property
+    def num_steps(self) -> int:
+        return self.plan.num_steps
+
+    def row_ids(self, index: int) -> list[str]:
+        """Return the ids of a step's rows, `task/row_id`."""
+        rows = self.plan.step(index)
+        task_ids, replay_ids = self._rows.task_ids, self._rows.replay_ids
+        task = [str(task_ids[i]) for i in rows.task]
+        return task + [str(replay_ids[i]) for i in rows.replay]
+
+    def step(self, index: int, wishes: Sequence[bool] = ()) -> dict[str, Any]:
+        """Take one optimizer step; called on all workers.
+
+        Args:
+            index: From 0.
+            wishes: What this worker wants all to know after the step; as many on every worker.
+
+        Returns:
+            Loss terms over all workers, `loss`, `grad_norm` before clipping, `learning_rate`,
+            `tokens` of the global batch, `seconds`, and `wishes`, each True where any worker's was.
+        """
+        started = time.monotonic()
+        rows = self.plan.step(index)
+        rank, world_size = self._workers.rank, self._workers.world_size
+        # Dropout draws from the step's own seed, so a resumed training draws what it would have.
+        torch.manual_seed(zlib.crc32(f"{self._recipe.seed}/{index}/{rank}".encode()))
+        counts = self._rows.counts(rows)
+        passes = self._rows.micro_batches(
+            rows,
+            rank,
+            world_size,
+            self._execution.micro_batch_size,
+            self._execution.pack_tokens,
+        )
+        sums: dict[str, Tensor] = {}
+        for number, micro_batch in enumerate(passes):
+            with self.strategy.micro_batch(last=number == len(passes) - 1):
+                terms = self._pass(micro_batch, counts)
+            for name, term in terms.items():
+                value = (term.total.detach() / counts[term.per]) * float(micro_batch.counts)
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
+                sums["loss"] = sums.get("loss", torch.zeros_like(value)) + term.weight * value
+        rate = learning_rate(self._recipe, index, self.num_steps)
+        norm = self.strategy.step(rate, self._recipe.max_grad_norm)
+        entry = {"step": index, "epoch": rows.epoch, "learning_rate": rate}
+        entry |= self._totals(sums, wishes) | {"grad_norm": norm, "tokens": counts["tokens"]}
+        return entry | {"seconds": round(time.monotonic() - started, 6)}
+
+    def _pass(self, micro_batch: MicroBatch, counts: Mapping[str, int]) -> Terms:
+        """Forward and backward on one micro-batch; returns its loss terms."""
+        batch, targets = micro_batch.tensors(self._pad_id, self._device)
+        method, module = self._method, self.strategy.module
+        probe = None if targets is None else method.distillation(targets)
+        terms: Terms = {}
+
+        def measure(answers: Answers) -> Tensor:
+            outputs = Outputs(
+                answers=answers,
+                batch=batch,
+                targets=targets,
+                attention_kl=None if probe is None else probe.kl_by_layer,
+            )
+            found = method.replay_terms if micro_batch.replay else method.task_terms
+            terms.update(found(outputs))
+            parts = [term.weight * term.total / counts[term.per] for term in terms.values()]
+            return torch.stack(parts).sum()
+
+        # The backward pass lies inside: activation checkpointing runs the forward pass again in it.
+        with nullcontext() if probe is None else probing(module, probe):
+            if self._plain_head:
+                with reading_head(module, lambda *head: measure(HiddenStates(*head))):
+                    loss = module(**batch.inputs(), use_cache=False).logits
+            else:
+                loss = measure(WholeLogits(module(**batch.inputs(), use_cache=False).logits))
+            # Gradients are averaged over workers; a pass that only keeps step weighs nothing.
+            weight = float(self._workers.world_size) if micro_batch.counts else 0.0
+            self.strategy.backward(weight * loss)
+        return terms
+
+    def _totals(self, sums: Mapping[str, Tensor], wishes: Sequence[bool]) -> dict[str, Any]:
+        """Add the workers' parts of every loss term, and their wishes."""
+        names = sorted(sums)
+        values = torch.stack([sums[name].float() for name in names])
+        values = torch.cat([values, values.new_tensor([float(wish) for wish in wishes])])
+        if self._workers.world_size > 1:
+            dist.all_reduce(values)
+        totals = values.tolist()
+        heard = [number > 0 for number in totals[len(names) :]]
+        return dict(zip(names, totals, strict=False)) | {"wishes": heard}
