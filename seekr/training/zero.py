@@ -168,6 +168,8 @@ class Zero:
     def _masters(self) -> list[Tensor]:
         if self._stage == 3:
             return self._zero.fp32_partitioned_groups_flat
+        if hasattr(self._zero, "fp32_groups_flat_partition"):  # its optimizer for bfloat16, stage 1
+            return self._zero.fp32_groups_flat_partition
         return self._zero.single_partition_of_fp32_groups
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from transformers import LlamaForCausalLM
 
 from seekr.attention import register
 from seekr.collation import collate
@@ -45,9 +46,18 @@ def recipe(lora: Lora | None = None, **changes: object) -> Recipe:
     return Recipe(**values | changes)  # pyright: ignore[reportArgumentType]
 
 
+def sharp_llama(seed: int, **shape: int) -> LlamaForCausalLM:
+    """Return a random model whose attention is far from even."""
+    model = tiny_llama(**SHAPE | shape, seed=seed)
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:
+            parameter.data *= 8.0
+    return model
+
+
 def write_model(folder: Path, **shape: int) -> Path:
     """Write the model that is trained."""
-    save_model(tiny_llama(**SHAPE | shape), byte_tokenizer(), folder)
+    save_model(sharp_llama(0, **shape), byte_tokenizer(), folder)
     return folder
 
 
@@ -83,7 +93,7 @@ def _rows(count: int, seed: int) -> list[TokenizedRow]:
 
 def _targets(rows: list[TokenizedRow]) -> list[bytes]:
     register()
-    teacher = tiny_llama(**SHAPE, seed=7)
+    teacher = sharp_llama(7)
     teacher.set_attn_implementation("seekr")
     positions = [query_positions(0, row.row_id, len(row.input_ids), 8) for row in rows]
     targets = teach_batch(

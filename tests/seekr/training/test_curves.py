@@ -113,4 +113,4 @@ def test_a_loss_curve_equals_that_of_one_simple_process(
 def test_the_training_learns(references: dict[bool, list[dict[str, float]]]) -> None:
     for steps in references.values():
         assert steps[-1]["loss"] < 0.95 * steps[0]["loss"]
-        assert 10 * steps[0]["attention"] > 1e-3 and steps[0]["logits"] > 0.01
+        assert 10 * steps[0]["attention"] > 0.5 and steps[0]["logits"] > 0.003
