@@ -141,6 +141,10 @@ def _allowed(schema: dict[str, Any]) -> str:
         return f"`{schema['const']}`"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "prefixItems" in schema:
+        return "[" + ", ".join(_allowed(item) for item in schema["prefixItems"]) + "]"
+    if schema.get("type") == "array":
+        return f"a list of {_allowed(schema['items'])}"
     words = {"string": "text", "boolean": "true, false"}
     kind: str = schema["type"]
     text = "path" if schema.get("format") == "path" else words.get(kind, kind)

@@ -100,7 +100,7 @@ def redacted(value: Any) -> Any:
 def stage_points(artifact: Artifact) -> Iterator[Point]:
     """A stage's own numbers at step 0, and the training history at its steps.
 
-    The history's time stamps are spread evenly over the stage's time: it has no absolute ones.
+    A step is dated by itself, or evenly over the stage's time where a history has no dates.
     """
     record = artifact.record
     ended = milliseconds(record.finished_at)
@@ -204,10 +204,16 @@ def chunks(items: Iterable[_Item], count: int) -> Iterator[list[_Item]]:
 def _history(steps: Sequence[Mapping[str, Any]], record: StageRecord) -> Iterator[Point]:
     started, ended = milliseconds(record.started_at), milliseconds(record.finished_at)
     for n, step in enumerate(steps, start=1):
-        moment = started + (ended - started) * n // len(steps)
-        for name, value in step.items():
-            if name != "step" and _is_number(value):
-                yield Point(key(f"train/{name}"), float(value), moment, int(step.get("step", n)))
+        evenly = started + (ended - started) * n // len(steps)
+        yield from step_points({"step": n} | dict(step), evenly)
+
+
+def step_points(step: Mapping[str, Any], moment: int = 0) -> Iterator[Point]:
+    """One training step's numbers at its own time, `at` in seconds since 1970, else at `moment`."""
+    at = round(step["at"] * 1000) if "at" in step else moment
+    for name, value in step.items():
+        if name not in ("step", "at") and _is_number(value):
+            yield Point(key(f"train/{name}"), float(value), at, int(step["step"]))
 
 
 def _is_number(value: Any) -> bool:

@@ -10,15 +10,16 @@ functions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from pipelines import mlflow_values as values
 from pipelines.artifact import Artifact
 from pipelines.mlflow_values import Point, cut, digest, key
 from pipelines.results import StreamView
+from pipelines.stage import Stage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,6 +49,7 @@ class MlflowWriter:
         self._client: MlflowClient = MlflowClient(tracking_uri=tracking_uri)
         self._stream, self._store, self._warn = stream, store, warn
         self._registers = True
+        self._live: dict[str, tuple[str, int]] = {}
         self._experiment = _experiment(self._client, tracking_uri)
         self._parent = self._parent_run()
 
@@ -66,6 +68,22 @@ class MlflowWriter:
         self._client.set_tag(self._parent, link, run_id)
         if any(output.path.startswith(f"{MODEL}/") for output in record.outputs):
             self._register(artifact, run_id)
+
+    def log_steps(self, stage: Stage, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Put steps of a training that still runs on its stage's run, each once over all attempts.
+
+        When the stage is committed, `log_stage` completes the run.
+        """
+        if stage.key not in self._live:
+            run = self._find("stage", digest(self._store, stage.key))
+            last = -1 if run is None else max(self._last_steps(run).values(), default=-1)
+            if run is None:
+                run = self._create_run(stage.key, stage.name, stage.task, stage.fingerprint)
+            self._live[stage.key] = (run.info.run_id, last)
+        run_id, last = self._live[stage.key]
+        new = [step for step in steps if step["step"] > last]
+        self._log(run_id, (point for step in new for point in values.step_points(step)))
+        self._live[stage.key] = (run_id, max([last, *(step["step"] for step in new)]))
 
     def log_results(self, view: StreamView, report: Path | None) -> None:
         """Put the stream's figures, its settings and its report on the parent run."""
@@ -110,24 +128,24 @@ class MlflowWriter:
 
     def _create_stage_run(self, artifact: Artifact) -> Run:
         record = artifact.record
+        started = values.milliseconds(record.started_at)
+        return self._create_run(
+            record.key, record.stage, record.task, record.fingerprint, start_time=started
+        )
+
+    def _create_run(
+        self, place: str, stage: str, task: str, fingerprint: str, start_time: int | None = None
+    ) -> Run:
         tags = {
             "seekr.kind": "stage",
-            "seekr.key": digest(self._store, record.key),
-            "seekr.fingerprint": record.fingerprint,
-            "seekr.stage": record.stage,
-            "seekr.task": record.task,
-            "seekr.artifact": cut(artifact.store.uri_for(record.key)),
-            "seekr.host": record.host,
+            "seekr.key": digest(self._store, place),
+            "seekr.fingerprint": fingerprint,
+            "seekr.stage": stage,
+            "seekr.task": task,
             "mlflow.parentRunId": self._parent,
-            "mlflow.user": record.user,
-            "mlflow.source.name": cut(" ".join(record.argv)),
-            "mlflow.source.git.commit": record.git_commit or "unknown",
         }
         return self._client.create_run(
-            self._experiment,
-            start_time=values.milliseconds(record.started_at),
-            tags=tags,
-            run_name=f"{record.stage}/{record.task}",
+            self._experiment, start_time=start_time, tags=tags, run_name=f"{stage}/{task}"
         )
 
     def _fill(self, run_id: str, artifact: Artifact, logged: Mapping[str, int]) -> None:
@@ -139,6 +157,15 @@ class MlflowWriter:
         params = (Param(key(name), cut(value)) for name, value in settings.items())
         for chunk in values.chunks(params, values.MAX_PARAMS):
             self._client.log_batch(run_id, params=chunk)
+        circumstances = {
+            "seekr.artifact": cut(artifact.store.uri_for(record.key)),
+            "seekr.host": record.host,
+            "mlflow.user": record.user,
+            "mlflow.source.name": cut(" ".join(record.argv)),
+            "mlflow.source.git.commit": record.git_commit or "unknown",
+        }
+        for name, value in circumstances.items():
+            self._client.set_tag(run_id, name, value)
         self._client.log_inputs(run_id, values.datasets(artifact))
         self._log(
             run_id, (p for p in values.stage_points(artifact) if p.step > logged.get(p.key, -1))

@@ -8,6 +8,7 @@ never a result. This module must stay light: every process that reports imports 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ import ray
 
 # Seconds between two posts of one reporter.
 POST_INTERVAL = 0.5
+# Between two packets of steps.
+STEPS_INTERVAL = 2.0
 
 
 class Monitor:
@@ -23,6 +26,7 @@ class Monitor:
     def __init__(self) -> None:
         self._stages: dict[str, dict[str, Any]] = {}
         self._rows: dict[str, dict[str, int]] = {}
+        self._steps: dict[str, list[dict[str, Any]]] = {}
         self._stopping = False
 
     def post(self, stage: str, reporter: str, fields: dict[str, Any]) -> None:
@@ -36,6 +40,15 @@ class Monitor:
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """Return the newest fields of all stages."""
         return self._stages
+
+    def add_steps(self, stage: str, steps: list[dict[str, Any]]) -> None:
+        """Keep training steps until they are taken."""
+        self._steps.setdefault(stage, []).extend(steps)
+
+    def take_steps(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the steps of all stages that have come since the last time, and forget them."""
+        found, self._steps = self._steps, {}
+        return found
 
     def stop(self) -> None:
         """Ask all running stages to save what they have and end."""
@@ -64,7 +77,9 @@ class Reporter:
     stage: str
     name: str = "driver"
     _last: float = field(default=0.0, repr=False)
+    _handed: float = field(default=0.0, repr=False)
     _rows: int = field(default=0, repr=False)
+    _steps: list[dict[str, Any]] = field(default_factory=lambda: list[dict[str, Any]](), repr=False)
 
     def post(self, *, force: bool = False, **fields: Any) -> None:
         """Send fields; dropped when the last post is too recent, unless forced."""
@@ -73,6 +88,15 @@ class Reporter:
             return
         self._last = now
         self.monitor.post.remote(self.stage, self.name, dict(fields))
+
+    def add_step(self, entry: Mapping[str, Any]) -> None:
+        """Hand on a training step's numbers, in packets."""
+        self._steps.append(dict(entry))
+        now = time.monotonic()
+        if self.monitor is not None and now - self._handed >= STEPS_INTERVAL:
+            self._handed = now
+            self.monitor.add_steps.remote(self.stage, self._steps)
+            self._steps = []
 
     def add_rows(self, count: int) -> None:
         """Count rows that this process has finished."""

@@ -11,16 +11,17 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 from pipelines.artifact import Artifact
 from pipelines.mlflow_writer import MlflowWriter
 from pipelines.provenance import redact
 from pipelines.results import StreamView
+from pipelines.stage import Stage
 from pipelines.store import Store
 from seekr.errors import SeekrError
 
@@ -89,6 +90,10 @@ class Tracker:
     def log_record(self, artifact: Artifact) -> None:
         """Log a committed stage, whether this run computed it or found it."""
         self._queue.put(lambda writer: writer.log_stage(artifact))
+
+    def log_steps(self, stage: Stage, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Log steps of a training that still runs."""
+        self._queue.put(lambda writer: writer.log_steps(stage, steps))
 
     def finish(self, view: StreamView, report: Path | None = None) -> None:
         """Log the stream's figures and its report, and mark the stream's run as finished."""

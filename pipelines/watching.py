@@ -20,10 +20,22 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.readable import size
 from pipelines.stage import StageEvent
 
 _PLAIN_INTERVAL = 15.0
-_MARKS = {"finished": ("ran", "green"), "reused": ("reused", "cyan"), "failed": ("failed", "red")}
+_SHOWN = {
+    "grad_norm": "norm {:.2g}",
+    "learning_rate": "rate {:.1e}",
+    "tokens_per_second": "{:.0f} tokens/s",
+    "mfu": "MFU {:.0%}",
+}
+_MARKS = {
+    "finished": ("ran", "green"),
+    "reused": ("reused", "cyan"),
+    "failed": ("failed", "red"),
+    "stopped": ("stopped", "yellow"),
+}
 
 
 @dataclass(slots=True)
@@ -69,7 +81,7 @@ class Watcher:
         if event.kind in _MARKS:
             self._running.pop(key, None)
             self._numbers.pop(key, None)
-            self._done += event.kind != "failed"
+            self._done += event.record is not None
             word, colour = _MARKS[event.kind]
             self._line(name, word, colour, _outcome(event))
             return
@@ -129,8 +141,11 @@ def progress_text(numbers: Mapping[str, Any], seconds: float) -> str:
         share = done / whole if whole else 0.0
     if "loss" in numbers:
         parts.append(f"loss {numbers['loss']:.3f}")
-    if "tokens_per_second" in numbers:
-        parts.append(f"{numbers['tokens_per_second']:.0f} tokens/s")
+    for name, text in _SHOWN.items():
+        if name in numbers:
+            parts.append(text.format(numbers[name]))
+    if "memory_bytes" in numbers:
+        parts.append(size(numbers["memory_bytes"]))
     parts.append(f"{seconds:.0f} s")
     if 0.0 < share < 1.0:
         parts.append(f"about {seconds * (1 - share) / share:.0f} s to go")

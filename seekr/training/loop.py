@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from seekr.attention import probing
 from seekr.batches import BatchPlan
 from seekr.forward import check_packable
 from seekr.methods import Method, Outputs, Terms
+from seekr.training.flops import training_flops
 from seekr.training.microbatches import MicroBatch, TrainingRows
 from seekr.training.schedule import learning_rate
 from seekr.training.settings import Execution, Recipe
@@ -45,6 +46,7 @@ class Training:
     Attributes:
         strategy: Holds the model and the optimizer.
         plan: Which rows each step sees.
+        shape: Sequences and tokens of the pass under way, for messages; None between passes.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Training:
         workers: Workers,
     ) -> None:
         self.strategy = strategy
+        self.shape: tuple[int, int] | None = None
         self.plan = BatchPlan(
             row_ids=rows.task_ids,
             replay_ids=rows.replay_ids,
@@ -85,12 +88,28 @@ class Training:
         task = [str(task_ids[i]) for i in rows.task]
         return task + [str(replay_ids[i]) for i in rows.replay]
 
-    def step(self, index: int, wishes: Sequence[bool] = ()) -> dict[str, Any]:
+    def flops(self, index: int) -> int:
+        """Return the model FLOPs of a step over all workers.
+
+        Raises:
+            UnsupportedModel: the model's family is not known to `training_flops`.
+        """
+        rows = self.plan.step(index)
+        seen = [self._rows.task[i] for i in rows.task] + [self._rows.replay[i] for i in rows.replay]
+        return training_flops(
+            self.strategy.model.config,
+            [len(row.input_ids) for row in seen],
+            sum(len(row.input_ids) - row.prompt_length for row in seen),
+            self._recipe.lora,
+        )
+
+    def step(self, index: int, wishes: Iterable[bool] = ()) -> dict[str, Any]:
         """Take one optimizer step; called on all workers.
 
         Args:
             index: From 0.
-            wishes: What this worker wants all to know after the step; as many on every worker.
+            wishes: What this worker wants all to know after the step; as many on every worker. Read
+                when the passes are done.
 
         Returns:
             Loss terms over all workers, `loss`, `grad_norm` before clipping, `learning_rate`,
@@ -126,6 +145,8 @@ class Training:
     def _pass(self, micro_batch: MicroBatch, counts: Mapping[str, int]) -> Terms:
         """Forward and backward on one micro-batch; returns its loss terms."""
         batch, targets = micro_batch.tensors(self._pad_id, self._device)
+        sequences, length = batch.input_ids_BT.shape
+        self.shape = sequences, length
         method, module = self._method, self.strategy.module
         probe = None if targets is None else method.distillation(targets)
         terms: Terms = {}
@@ -152,9 +173,10 @@ class Training:
             # Gradients are averaged over workers; a pass that only keeps step weighs nothing.
             weight = float(self._workers.world_size) if micro_batch.counts else 0.0
             self.strategy.backward(weight * loss)
+        self.shape = None
         return terms
 
-    def _totals(self, sums: Mapping[str, Tensor], wishes: Sequence[bool]) -> dict[str, Any]:
+    def _totals(self, sums: Mapping[str, Tensor], wishes: Iterable[bool]) -> dict[str, Any]:
         """Add the workers' parts of every loss term, and their wishes."""
         names = sorted(sums)
         values = torch.stack([sums[name].float() for name in names])
