@@ -38,9 +38,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from benchmarks.machine import OWN_PAGES, describe, peak_memory, reset_peak_memory
 from seekr.attention import register, token_positions
-from seekr.collation import Batch, collate
+from seekr.collation import IGNORE_LABEL, Batch, collate
 from seekr.importance import score_batch
-from seekr.losses import IGNORE_LABEL, answer_nll, answer_positions
+from seekr.losses import answer_nll, answer_positions
 from seekr.prompts import TokenizedRow
 from seekr.sampling import query_positions
 from seekr.teacher import place_positions

@@ -11,7 +11,7 @@ paired with plain replay, in turn in one process:
 
 Predictions: 100 rows visit 100 n / 2 entries per head, next to nothing beside a replay step. All rows
 visit n^2 / 2, with four matrix products of head size and two exponentials each: 1.1x to 1.3x at 2048
-tokens here. Memory: two numbers per row, so nothing.
+tokens here. Memory: one number per row, so nothing.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from seekr.attention import evaluation_mode, probing
-from seekr.collation import Batch
+from seekr.collation import IGNORE_LABEL, Batch
 from seekr.errors import DataError
 from seekr.forward import batch_logits
-from seekr.losses import IGNORE_LABEL, answer_nll, answer_positions
+from seekr.losses import answer_nll, answer_positions
 from seekr.score_probes import DifferenceProbe, GradientProbe
 
 Definition = Literal["paper", "official"]

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from seekr.answers import PositionLoss, WholeLogits
+from seekr.collation import IGNORE_LABEL
 from seekr.errors import DataError
 from seekr.sparse_rows import SparseRows
 
 if TYPE_CHECKING:
     from seekr.batch_targets import BatchTargets
 
-IGNORE_LABEL = -100
 
 
 def answer_positions(labels_BT: Tensor, *, shift: bool = True) -> tuple[Tensor, Tensor]:
