@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -53,29 +54,35 @@ def run(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the report here.")
     ] = None,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="For trainings to save when stopped.")
+    ] = 25.0,
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of a stream, or of several side by side, and show what came out.
 
     Safe to repeat: after a crash, a preemption or a change of the YAML, run it again. Stages that are
     in the store are reused, a training continues from its last checkpoint. Two runs at once share the
-    work. Press Ctrl-C to stop; nothing finished is lost. Several streams share what they have in
+    work. Ctrl-C and SIGTERM let trainings save and end the run in good order (exit code 130, 143), a
+    second one ends it at once; nothing finished is lost. Several streams share what they have in
     common and end with a comparison.
 
     Example: seekr run stream.yaml --set method.attention_weight=100
     """
     from pipelines import stream as streams
     from pipelines.export import check_target
+    from pipelines.interrupts import Interrupts
     from pipelines.report import write_report
     from pipelines.tables import comparison_table, matrix_table, summary
     from pipelines.watching import Watcher
 
-    opened = [streams.open_stream(path, set_ or (), writable=True) for path in stream]
-    if report is not None:
-        check_target(report, "--report")
-    distinct = {stage.fingerprint for item in opened for stage in item.stages}
-    with Watcher(console=err if as_json else out, num_stages=len(distinct)) as watcher:
-        views = streams.run_streams(opened, watcher, warn=_warn)
+    with Interrupts(grace, tell=_warn) as interrupts:
+        opened = [streams.open_stream(path, set_ or (), writable=True) for path in stream]
+        if report is not None:
+            check_target(report, "--report")
+        distinct = {stage.fingerprint for item in opened for stage in item.stages}
+        with Watcher(console=err if as_json else out, num_stages=len(distinct)) as watcher:
+            views = streams.run_streams(opened, watcher, warn=_warn, interrupts=interrupts)
     where = opened[0].store.uri_for(opened[0].report_path)
     if report is not None:
         where = str(write_report(views, report))
@@ -95,22 +102,30 @@ def run(
 
 @app.command()
 def plan(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what `run` would compute and what it would reuse. Starts nothing.
+    """Say what `run` would compute and reuse, and whether trainings fit in memory. Starts nothing.
+
+    Memory is calculated per training worker, from the model's config.json and the rows' lengths. Where it
+    is not there, settings are named with which it would be.
 
     Example: seekr plan stream.yaml --set method.attention_weight=100
     """
     from pipelines import stream as streams
+    from pipelines.memory_plan import plan_memory
+    from pipelines.memory_table import memory_table
     from pipelines.tables import plan_table
 
     opened = streams.open_stream(stream, set_ or ())
-    statuses = streams.status_of(opened)
-    found = {"stages": list(map(asdict, statuses))}
-    _print_json(found) if as_json else out.print(plan_table(statuses))
+    statuses, memory = streams.status_of(opened), plan_memory(opened)
+    if as_json:
+        _print_json({"stages": list(map(asdict, statuses)), "memory": memory.to_json()})
+        return
+    out.print(plan_table(statuses))
+    out.print(memory_table(memory))
 
 
 @app.command()
 def status(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) -> None:
-    """Show where every stage stands: ran, reused, running, failed or missing.
+    """Show where every stage stands: ran, reused, running, failed, interrupted or missing.
 
     `ran` was computed by the last run, `reused` was in the store before it.
 
@@ -271,12 +286,16 @@ def schema() -> None:
 
 def main() -> None:
     """Run the command line; turns the product's errors into a message and an exit code."""
+    # A thread that is left behind when a run ends must not start another Ray.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     for point in importlib.metadata.entry_points(group="seekr.commands"):
         app.add_typer(point.load(), name=point.name)
     try:
         app()
     except SeekrError as error:
-        err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        stopped = error.exit_code > 128  # by a signal
+        text, style = (str(error), "yellow") if stopped else (f"error: {error}", "red")
+        err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except SystemExit as ended:
         if ended.code == 130:  # what typer makes of Ctrl-C

@@ -28,6 +28,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Final
 from uuid import uuid4
+from weakref import WeakSet
 
 from pipelines.claims import Claims, Owner, read_claims
 from pipelines.store import Store
@@ -38,6 +39,8 @@ TTL_SECONDS: Final = 30.0
 BEATS_PER_TTL: Final = 5
 SETTLE_LOCAL_SECONDS: Final = 0.05
 SETTLE_REMOTE_SECONDS: Final = 0.5
+# What this process holds or waits for, for `release_all`.
+_mine: WeakSet[Lease] = WeakSet()
 
 
 class Lease:
@@ -79,6 +82,7 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name="seekr-lease", daemon=True)
 
     def __enter__(self) -> Lease:
+        _mine.add(self)
         try:
             self._wait_for_turn()
         except BaseException:
@@ -93,8 +97,21 @@ class Lease:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._end()
+
+    def abandon(self) -> None:
+        """Count the lease as lost, though nobody else may have it yet."""
+        self._taken = True
+
+    def release(self) -> None:
+        """Give up, holding or waiting: others need not wait, and nothing more may be committed."""
+        self.abandon()
+        self._end()
+
+    def _end(self) -> None:
         self._stop.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         # The work is done or failed by now; a claim that cannot be removed dies by its beat.
         with contextlib.suppress(StoreError):
             self._withdraw()
@@ -158,7 +175,15 @@ class Lease:
         Args:
             rejoin: write the claim (again) where it is missing; a contender that slept too long was
                 cleaned away and queues again.
+
+        Raises:
+            LeaseLost: this process has given the lease up.
         """
+        if self._stop.is_set():
+            raise LeaseLost(
+                f"{self._store.uri_for(self._folder)}: the lease of {self.owner} was given up, as "
+                "its run was asked to stop. Nothing was committed; run again."
+            )
         self._touch()
         claims = read_claims(self._store, self._folder, self._known, self._id, self._ttl)
         if claims.own is None and rejoin:
@@ -207,6 +232,18 @@ def holder(store: Store, folder: str, *, ttl: float = TTL_SECONDS) -> Owner | No
     finally:
         store.remove(beat)
     return next((claim.owner for claim in claims.others if claim.held), None)
+
+
+def abandon_all() -> None:
+    """Let nothing more be committed under this process's leases; others go on waiting for them."""
+    for lease in list(_mine):
+        lease.abandon()
+
+
+def release_all() -> None:
+    """Give up all leases of this process, when nothing it has started writes any more."""
+    for lease in list(_mine):
+        lease.release()
 
 
 def _default_settle(store: Store) -> float:

@@ -2,7 +2,8 @@
 
 Independent stages run side by side (an evaluation beside the next task's training), each in a thread
 that waits for Ray. Events of all threads arrive in one queue and are handled by the caller's thread,
-so a view needs no locks. The first failure lets running stages end and starts no new ones.
+so a view needs no locks. The first failure lets running stages end and starts no new ones. A run that
+is asked to end waits only for trainings, which save; whatever else runs begins again another time.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+import ray.exceptions
+
 from pipelines.config import StreamConfig
 from pipelines.evaluate import evaluate
 from pipelines.ingest import ingest
+from pipelines.interrupts import Interrupts
+from pipelines.lease import abandon_all, release_all
 from pipelines.monitor import Reporter
 from pipelines.provenance import Provenance
 from pipelines.sample import sample
@@ -47,19 +53,27 @@ COMPUTE: dict[str, StageFunction] = {
     "evaluate": evaluate,
 }
 _TICK_SECONDS = 0.25
+_ASK_SECONDS = 2.0
 
 
 @dataclass(slots=True)
 class _Progress:
-    """Which stages are done, running or not begun."""
+    """Which stages are done, running or not begun; and, once the run is to end, how each ended.
+
+    Attributes:
+        saving: running trainings that are waited for while the run ends; None before.
+        told: a sentence per stage that has ended since.
+    """
 
     waiting: list[Job]
-    running: set[str] = field(default_factory=set)
-    records: dict[str, StageRecord] = field(default_factory=dict)
+    running: dict[str, Stage] = field(default_factory=lambda: dict[str, Stage]())
+    records: dict[str, StageRecord] = field(default_factory=lambda: dict[str, StageRecord]())
     error: BaseException | None = None
+    saving: set[str] | None = None
+    told: list[str] = field(default_factory=lambda: list[str]())
 
     def ready(self, slots: int) -> list[Job]:
-        if self.error is not None:
+        if self.error is not None or self.saving is not None:
             return []
         able = [
             job
@@ -68,6 +82,42 @@ class _Progress:
         ]
         return able[: max(0, slots - len(self.running))]
 
+    def begin(self, job: Job) -> None:
+        self.waiting.remove(job)
+        self.running[job.stage.fingerprint] = job.stage
+
+    def end(self, stage: Stage, result: StageRecord | BaseException) -> None:
+        del self.running[stage.fingerprint]
+        if isinstance(result, StageRecord):
+            self.records[stage.fingerprint] = result
+        else:
+            self.error = self.error or result
+        if self.saving is not None:
+            self.saving.discard(stage.fingerprint)
+            finished = isinstance(result, StageRecord)
+            self.told.append(f"{stage} is finished" if finished else str(result))
+
+    def halt(self, monitor: Any, interrupts: Interrupts) -> None:
+        """Begin no more stages, and ask trainings that are past their start to save and end."""
+        self.saving = set()
+        self.told = [str(self.error)] if self.error is not None else []
+        trainings = [stage for stage in self.running.values() if stage.name == "train"]
+        if trainings and monitor is not None:
+            monitor.stop.remote()
+            numbers = _snapshot(monitor)
+            begun = [s for s in trainings if "steps_done" in numbers.get(s.key, {})]
+            self.saving = {stage.fingerprint for stage in begun}
+        waited_for = [str(stage) for stage in trainings if stage.fingerprint in self.saving]
+        interrupts.announce(waited_for, release_all)
+
+    def left(self) -> list[str]:
+        """Return what happened to stages since the halt, those that are left as they are last."""
+        later = {"train": "it goes on from its last checkpoint"}
+        return self.told + [
+            f"{stage} was left, {later.get(stage.name, 'it begins again')}"
+            for stage in self.running.values()
+        ]
+
 
 def run_stages(
     store: Store,
@@ -75,16 +125,20 @@ def run_stages(
     monitor: Any,
     provenance: Provenance,
     parallel: int,
+    interrupts: Interrupts | None = None,
 ) -> Iterator[StageEvent | None]:
     """Run stages until all are in the store; yields events as they happen, and None between them.
 
     Args:
         jobs: each after its inputs; a stage that several streams ask for is done once.
         parallel: how many may run at the same time.
+        interrupts: whether the run is to end is asked there all the time.
 
     Raises:
+        Interrupted: the run was asked to end; stages may still be running, and commit nothing.
         The first error of a stage, once the stages beside it have ended.
     """
+    interrupts = interrupts or Interrupts()
     events: queue.Queue[StageEvent | tuple[Stage, StageRecord | BaseException]] = queue.Queue()
     distinct = {job.stage.fingerprint: job for job in reversed(jobs)}
     waiting = [job for job in jobs if distinct[job.stage.fingerprint] is job]
@@ -106,9 +160,13 @@ def run_stages(
             events.put((stage, error))
 
     while progress.running or progress.ready(1):
+        if interrupts.asked:
+            if progress.saving is None:
+                progress.halt(monitor, interrupts)
+            if not progress.saving or interrupts.expired:
+                break
         for job in progress.ready(parallel):
-            progress.waiting.remove(job)
-            progress.running.add(job.stage.fingerprint)
+            progress.begin(job)
             name = str(job.stage)
             threading.Thread(target=work, args=(job,), name=name, daemon=True).start()
         try:
@@ -119,11 +177,16 @@ def run_stages(
         if isinstance(item, StageEvent):
             yield item
             continue
-        stage, result = item
-        progress.running.discard(stage.fingerprint)
-        if isinstance(result, StageRecord):
-            progress.records[stage.fingerprint] = result
-        else:
-            progress.error = progress.error or result
+        progress.end(*item)
+    if interrupts.asked and (progress.running or progress.waiting or progress.error):
+        abandon_all()
+        raise interrupts.error(progress.left())
     if progress.error is not None:
         raise progress.error
+
+
+def _snapshot(monitor: Any) -> dict[str, dict[str, Any]]:
+    try:
+        return ray.get(monitor.snapshot.remote(), timeout=_ASK_SECONDS)
+    except (ray.exceptions.RayError, TimeoutError):
+        return {}

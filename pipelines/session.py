@@ -73,18 +73,26 @@ def _connect(configs: Sequence[StreamConfig]) -> None:
         os.cpu_count() or 1,
         *(math.ceil(required_cpus(other)) for other in configs),
     )
-    # The dashboard answers Ray Train's cleaner, which otherwise keeps polling after every stage.
-    ray.init(num_cpus=cpus, include_dashboard=True, dashboard_port=None, **quiet)
+    # Not the cluster that somebody has left running on this machine. The dashboard answers Ray
+    # Train's cleaner, which otherwise keeps polling after every stage.
+    local: dict[str, Any] = {"address": "local", "include_dashboard": True, "dashboard_port": None}
+    ray.init(num_cpus=cpus, **local, **quiet)
 
 
 def _check_resources(config: StreamConfig) -> None:
-    total = ray.cluster_resources()
-    pools = (config.score, config.teach, config.evaluate)
-    wanted_gpus = max(
-        [config.train.fewest_workers * config.train.gpus_per_worker]
-        + [pool.actors * pool.gpus for pool in pools]
-    )
-    wanted = {"CPU": config.train.fewest_workers * config.train.cpus_per_worker, "GPU": wanted_gpus}
+    total, train, needs = ray.cluster_resources(), config.train, config.method.needs
+    pools = [config.evaluate, *[config.score] * needs.heads, *[config.teach] * needs.teacher]
+    wanted = {
+        # A pool's actors keep their cores while a task brings them rows.
+        "CPU": max(
+            train.fewest_workers * train.cpus_per_worker,
+            *(pool.actors * pool.cpus + 1 for pool in pools),
+        ),
+        "GPU": max(
+            train.fewest_workers * train.gpus_per_worker,
+            *(pool.actors * pool.gpus for pool in pools),
+        ),
+    }
     for name, needed in wanted.items():
         has = total.get(name, 0.0)
         if needed > has:

@@ -1,15 +1,16 @@
 """What may interrupt a training from outside: a stop that the driver asks for, and preemption.
 
-A worker hears of a stop by asking the run's monitor now and then, without waiting for the answer. What
-one worker has heard all learn with the next step's loss, so they save and leave after the same step.
+The first worker asks the run's monitor twice a second, beside the training. What it has heard when a
+step ends all learn with that step's loss, so they save and leave after the same step.
 Whether a node is about to be taken away is a question that all workers must put to Ray Train at the
 same time, so the first one says when.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,23 +41,20 @@ class Signals:
     """
 
     def __init__(self, report: Reporter, rank: int) -> None:
-        self._monitor, self._asks = report.monitor, rank == 0
-        self._answer: Any = None
+        self._asks = rank == 0
         self._stop = self._told = False
-        self._asked = self._looked = time.monotonic()
+        self._looked = time.monotonic()
+        if self._asks and report.monitor is not None:
+            ask = threading.Thread(target=self._ask, args=(report.monitor,), daemon=True)
+            ask.start()
 
-    def wishes(self) -> tuple[bool, bool]:
-        """Return (stop was asked for, it is time to look for preemption); never waits."""
-        now = time.monotonic()
-        if not self._asks:
-            return False, False
-        if self._answer is not None:
-            ready, _ = ray.wait([self._answer], timeout=0)
-            if ready:
-                self._stop, self._answer = self._stop or _value(self._answer), None
-        elif self._monitor is not None and now - self._asked >= _STOP_SECONDS:
-            self._answer, self._asked = self._monitor.stopping.remote(), now
-        return self._stop, now - self._looked >= _PREEMPTION_SECONDS
+    def wishes(self) -> Iterator[bool]:
+        """Yield whether a stop was asked for, and whether it is time to look for preemption.
+
+        Each is decided when it is taken: at the end of a step, however long the step is.
+        """
+        yield self._stop
+        yield self._asks and time.monotonic() - self._looked >= _PREEMPTION_SECONDS
 
     def heard(self, wishes: Sequence[bool]) -> Heard:
         """Return what follows from all workers' wishes; called on all workers after every step."""
@@ -69,9 +67,10 @@ class Signals:
             preempted, self._told = coming and not self._told, coming
         return Heard(stop=stop, preempted=preempted)
 
-
-def _value(answer: Any) -> bool:
-    try:
-        return bool(ray.get(answer))
-    except ray.exceptions.RayError:
-        return False  # a monitor that is gone stops nobody
+    def _ask(self, monitor: Any) -> None:
+        while not self._stop:
+            try:
+                self._stop = bool(ray.get(monitor.stopping.remote()))
+            except ray.exceptions.RayError:
+                return  # a monitor that is gone stops nobody
+            time.sleep(_STOP_SECONDS)

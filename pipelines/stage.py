@@ -40,15 +40,19 @@ from pipelines.workspace import (
     StageOutcome,
     Workspace,
 )
-from seekr.errors import ConfigError, LeaseLost, StoreError
+from seekr.errors import ConfigError, LeaseLost, SeekrError, StoreError
 
 __all__ = [
-    "Artifact", "Stage", "StageEvent", "StageOutcome", "StageRecord", "StageRef", "Workspace",
-    "find", "run_stage", "state", "verify",
+    "Artifact", "Stage", "StageEvent", "StageOutcome", "StageRecord", "StageRef", "Stopped",
+    "Workspace", "find", "run_stage", "state", "verify",
 ]  # fmt: skip
 
-EventKind = Literal["reused", "waiting", "started", "resumed", "finished", "failed"]
-State = Literal["reused", "running", "failed", "missing"]
+EventKind = Literal["reused", "waiting", "started", "resumed", "finished", "failed", "stopped"]
+State = Literal["reused", "running", "failed", "interrupted", "missing"]
+
+
+class Stopped(SeekrError):
+    """A computation ended early because the run was asked to; it goes on from what it saved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +113,10 @@ class StageEvent:
     Attributes:
         kind: what happened.
         stage: to which stage.
-        attempt: the number of the attempt, for `started`, `resumed` and `failed`.
+        attempt: the number of the attempt, for `started`, `resumed`, `failed` and `stopped`.
         record: what was found or committed, for `reused` and `finished`.
         owner: who is waited for, for `waiting`.
-        error: what went wrong, for `failed`.
+        error: what went wrong, for `failed`; what was saved, for `stopped`.
     """
 
     kind: EventKind
@@ -139,13 +143,16 @@ def find(store: Store, stage: Stage) -> StageRecord | None:
 
 
 def state(store: Store, stage: Stage, *, ttl: float = TTL_SECONDS) -> State:
-    """How far a stage is: in the store, being computed, failed at the last attempt, or not
-    begun."""
+    """How far a stage is: in the store, being computed, not begun; or its last attempt failed, or
+    was interrupted, which is to end without a word."""
     if find(store, stage) is not None:
         return "reused"
     if holder(store, stage.key, ttl=ttl) is not None:
         return "running"
-    return "failed" if store.stat(f"{stage.key}/{FAILURE}") else "missing"
+    attempts, failure = _attempts(store, stage), f"{stage.key}/{FAILURE}"
+    if store.stat(failure) and store.read_json(failure).get("attempt", attempts) >= attempts:
+        return "failed"
+    return "interrupted" if attempts else "missing"
 
 
 def run_stage(
@@ -163,7 +170,8 @@ def run_stage(
     Args:
         store: where results are kept.
         stage: what is wanted. Its inputs must be finished.
-        compute: fills the workspace. An exception from it leaves `failure.json` and is passed on.
+        compute: fills the workspace. An exception from it leaves `failure.json` and is passed on,
+            `Stopped` without being a failure.
         verify: how the inputs are checked before anything is computed from them. A stage that is
             reused is always checked by existence and size.
         on_event: called in this thread at every step.
@@ -194,6 +202,11 @@ def run_stage(
             record = _compute(stage, compute, workspace, provenance or _circumstances())
             lease.check()
         except LeaseLost:
+            raise
+        except Stopped as stop:
+            tell(
+                StageEvent(kind="stopped", stage=stage, attempt=workspace.attempt, error=str(stop))
+            )
             raise
         except Exception as error:
             _note_failure(workspace, error)

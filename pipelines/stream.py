@@ -7,7 +7,7 @@ and starts nothing. `run_streams` is the only thing that computes.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,9 @@ from typing import Any, Literal
 from pipelines.artifact import Artifact, StageRecord
 from pipelines.config import StreamConfig
 from pipelines.graph import build_graph
+from pipelines.interrupts import Interrupted, Interrupts
+from pipelines.lease import release_all
+from pipelines.live_steps import LiveSteps, Steps
 from pipelines.load import load_config
 from pipelines.monitor import start_monitor
 from pipelines.provenance import Provenance, now_iso
@@ -30,7 +33,7 @@ from pipelines.tracking import Tracker, tracking_uri
 from pipelines.workspace import FAILURE
 from seekr.errors import ConfigError, StoreError
 
-RunState = Literal["ran", "reused", "missing", "running", "failed"]
+RunState = Literal["ran", "reused", "missing", "running", "failed", "interrupted"]
 Watch = Callable[[StageEvent | None, Any], None]
 
 
@@ -147,7 +150,11 @@ def finished_view(stream: Stream) -> StreamView:
 
 
 def run_streams(
-    streams: Sequence[Stream], watch: Watch, *, warn: Callable[[str], None]
+    streams: Sequence[Stream],
+    watch: Watch,
+    *,
+    warn: Callable[[str], None],
+    interrupts: Interrupts | None = None,
 ) -> list[StreamView]:
     """Run what is missing of some streams side by side; returns the view of each when finished.
 
@@ -158,8 +165,10 @@ def run_streams(
         watch: called in this thread with every event, and with None in between; its second
             argument asks the running stages for their newest numbers.
         warn: told, once per stream, if MLflow cannot be written.
+        interrupts: entered by the caller if signals are to end the run in good order.
 
     Raises:
+        Interrupted: a signal came; what was running has saved or begins again, nothing is held.
         ConfigError: the streams have different storages, or one name.
         Whatever the first failing stage raised, after the others ended.
     """
@@ -168,15 +177,21 @@ def run_streams(
     runs = [_Run(stream, warn) for stream in streams]
     jobs = [Job(stage=stage, config=s.config) for s in streams for stage in s.stages]
     provenance = Provenance.capture(first.path.parent.absolute())
+    live, interrupts = LiveSteps(), interrupts or Interrupts()
+    parallel = first.config.ray.parallel_stages
     try:
-        with _monitor_if_needed(streams) as monitor:
-            parallel = first.config.ray.parallel_stages
-            for event in run_stages(first.store, jobs, monitor, provenance, parallel):
-                if event is not None:
-                    for run in runs:
+        with _monitor_if_needed(streams) as monitor, interrupts.deferred():
+            for event in run_stages(first.store, jobs, monitor, provenance, parallel, interrupts):
+                steps = live.fetch(monitor)
+                for run in runs:
+                    run.note_steps(steps)
+                    if event is not None:
                         run.note(event)
                 watch(event, monitor)
         return [run.finish() for run in runs]
+    except Interrupted:
+        release_all()
+        raise
     finally:
         for run in runs:
             run.close()
@@ -203,6 +218,12 @@ class _Run:
         self._log["ran" if event.kind == "finished" else "reused"].append(record.key)
         store.write_json(self._stream.run_log, self._log)
         self._tracker.log_record(Artifact(store=store, record=record))
+
+    def note_steps(self, steps: Mapping[str, Steps]) -> None:
+        """Show steps of trainings that still run."""
+        for stage in self._stream.stages if steps else ():
+            if stage.key in steps:
+                self._tracker.log_steps(stage, steps[stage.key])
 
     def finish(self) -> StreamView:
         """Write the run log, the report beside it, and the stream's figures."""

@@ -7,7 +7,7 @@ alone would fill. Files are read once; their digests and reports are cached by s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +20,9 @@ from pipelines.inspection import SourceReport, inspect, require_good
 from pipelines.model_folder import read_model_config, read_tokenizer
 from pipelines.readers import read_source
 from pipelines.rows import Columns, SourceRow
+from pipelines.section import identity
 from pipelines.sources import Layout
+from pipelines.train_config import training_execution
 from pipelines.transfer import cache_folder
 from seekr.attention import check_probeable
 from seekr.errors import ConfigError, DataError, SeekrError
@@ -28,6 +30,8 @@ from seekr.methods.seekr import SEEKR
 from seekr.models import ModelShape, model_shape
 from seekr.prompts import DEFAULT_TEMPLATES, Template, check_limits, check_vocabulary
 from seekr.sampling import replay_size
+from seekr.training.optimizers import check_optimizer
+from seekr.training.settings import Recipe
 
 _T = TypeVar("_T")
 _TOKENIZER_FILES = (
@@ -72,6 +76,8 @@ def survey(config: StreamConfig) -> Facts:
     shape = model and problems.collect(lambda: model_shape(model))
     if model and shape:
         problems.collect(lambda: _check_method(config, model, shape))
+    for check in _training_checks(config, folder if model else None):
+        problems.collect(check)
     facts: dict[str, TaskFacts] = {}
     for task in config.tasks:
         look = _TaskLook(config, task, problems)
@@ -129,6 +135,26 @@ def _check_method(config: StreamConfig, model: PretrainedConfig, shape: ModelSha
             f"method.head_budget is {method.head_budget} and {method.layer_budget} layers have "
             f"{most} heads; 1..{most} is allowed: lower it or raise method.layer_budget"
         )
+
+
+def _training_checks(config: StreamConfig, folder: Path | None) -> Iterator[Callable[[], None]]:
+    """Yield what workers would find out only after they have started."""
+    train = config.train
+    if train.strategy == "fsdp":
+        from seekr.training.fsdp import check_fsdp
+
+        yield lambda: check_fsdp(training_execution(train))
+    if train.strategy == "deepspeed":
+        from seekr.training.zero import check_zero
+
+        yield lambda: check_zero(training_execution(train))
+    recipe = Recipe.of(identity(train) | {"dtype": config.model.dtype})
+    yield lambda: check_optimizer(recipe, train.strategy)
+    if recipe.lora is not None and folder is not None:
+        from seekr.training.build import Origin, check_adapters
+
+        origin = Origin(folder=folder, trust_remote_code=config.model.trust_remote_code)
+        yield lambda: check_adapters(origin, recipe)
 
 
 class _TaskLook:

@@ -18,6 +18,7 @@ _COLOURS = {
     "reused": "cyan",
     "running": "yellow",
     "failed": "red",
+    "interrupted": "yellow",
     "missing": "magenta",
 }
 
@@ -127,7 +128,8 @@ def doctor_table(checks: Sequence[Check]) -> Table:
 
 def _would(item: StageStatus) -> str:
     known = {"ran": "be reused", "reused": "be reused", "running": "wait: it is running"}
-    return known.get(item.state, "run again" if item.state == "failed" else "run")
+    known |= {"failed": "run again", "interrupted": "go on"}
+    return known.get(item.state, "run")
 
 
 def _percent(value: float | None) -> str:

@@ -17,13 +17,16 @@ from ray.train import (
     ScalingConfig,
     WorkerGroupError,
 )
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipelines import out_of_memory
 from pipelines.artifact import Artifact
+from pipelines.checkpoints import RUN, drop_damaged_notes
 from pipelines.config import StreamConfig
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource
-from pipelines.stage import StageOutcome
+from pipelines.stage import StageOutcome, Stopped
+from pipelines.train_config import TrainConfig
 from pipelines.worker import TrainSpec, train_worker
 from pipelines.workspace import CHECKPOINTS, Workspace
 from seekr.errors import SeekrError
@@ -47,7 +50,9 @@ def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
         replay=_by_task(workspace, "replay"),
         targets=_by_task(workspace, "targets"),
         report=report.named("rank-0"),
+        attempt=workspace.attempt,
     )
+    drop_damaged_notes(workspace.store, workspace.key)
     resources: dict[str, float] = {"CPU": execution.cpus_per_worker}
     if execution.gpus_per_worker:
         resources["GPU"] = execution.gpus_per_worker
@@ -61,25 +66,53 @@ def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
             use_gpu=execution.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
+        torch_config=TorchConfig(backend=process_group_backend(execution)),
         run_config=RunConfig(
-            name="run",
+            name=RUN,
             storage_path=workspace.full_path(CHECKPOINTS),
             storage_filesystem=workspace.store.filesystem,
-            failure_config=FailureConfig(
-                max_failures=execution.max_failures,
-                controller_failure_limit=max(_MIN_START_FAILURES, execution.max_failures),
-            ),
+            failure_config=failure_config(execution),
             checkpoint_config=CheckpointConfig(num_to_keep=execution.keep_checkpoints),
         ),
     )
-    return _outcome(workspace, _fit(trainer, task))
+    return _outcome(workspace, _fit(trainer, workspace, execution, task))
 
 
-def _fit(trainer: TorchTrainer, task: str) -> dict[str, Any]:
+def failure_config(execution: TrainConfig) -> FailureConfig:
+    """Return how often a training goes on from its last checkpoint by itself.
+
+    A preempted node is nobody's failure and has no limit; groups that never start have one.
+    """
+    return FailureConfig(
+        max_failures=execution.max_failures,
+        max_preemption_failures=-1,
+        controller_failure_limit=max(_MIN_START_FAILURES, execution.max_failures),
+    )
+
+
+def process_group_backend(execution: TrainConfig) -> str | None:
+    """Return torch's backend; None lets Ray choose nccl or gloo by the device.
+
+    What FSDP2 keeps in host memory it also reduces there, beside what lies on the devices.
+    """
+    offloads = execution.strategy == "fsdp" and execution.offload != "none"
+    return "cpu:gloo,cuda:nccl" if offloads and execution.gpus_per_worker else None
+
+
+def _fit(
+    trainer: TorchTrainer, workspace: Workspace, execution: TrainConfig, task: str
+) -> dict[str, Any]:
+    adapted = workspace.config.get("lora") is not None
     try:
         found: Any = trainer.fit().return_value
     except WorkerGroupError as error:
+        noted = out_of_memory.noted(workspace.store, workspace.key, workspace.attempt)
+        if noted is not None:
+            raise SeekrError(out_of_memory.explain(task, noted, execution, adapted)) from error
         causes = {f"{type(e).__name__}: {e}" for e in error.worker_failures.values()}
+        killed = out_of_memory.explain_kill(task, causes, execution, adapted)
+        if killed is not None:
+            raise SeekrError(killed) from error
         raise SeekrError(
             f"training of {task} failed on {len(error.worker_failures)} workers, after all of "
             f"train.max_failures: {'; '.join(sorted(causes))}"
@@ -89,18 +122,14 @@ def _fit(trainer: TorchTrainer, task: str) -> dict[str, Any]:
             f"training of {task} could not start its workers: {error.controller_failure}; check that the "
             "cluster has what train.workers, cpus_per_worker and gpus_per_worker ask for, and run again"
         ) from error
+    if "out_of_memory" in found:
+        noted = found["out_of_memory"]
+        raise SeekrError(out_of_memory.explain(task, noted, execution, adapted))
     if "diverged" in found:
         raise SeekrError(_divergence(task, found["diverged"]))
     if "stopped" in found:
-        raise Stopped(
-            f"training of {task} was asked to stop and did after step {found['stopped']}, whose "
-            "checkpoint is stored; run again to go on"
-        )
+        raise Stopped(f"train/{task} saved after step {found['stopped']} of {found['steps']}")
     return found
-
-
-class Stopped(SeekrError):
-    """A stage ended early because the run was asked to; it goes on from where it was."""
 
 
 def _divergence(task: str, where: Mapping[str, Any]) -> str:

@@ -64,7 +64,7 @@ class TrainConfig(Section):
     micro_batch_size: int = execution(8, ge=1)
     """Rows per forward pass of a worker. Does not change the result."""
     optimizer: OptimizerName = "adamw"
-    """`adamw_8bit` keeps its state in 8 bits: bitsandbytes, on CUDA, with strategy ddp."""
+    """`adamw_8bit` keeps its state in 8 bits, with bitsandbytes and strategy ddp."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights; null trains all."""
     workers: WorkerCount | WorkerRange = execution(1)
@@ -85,12 +85,24 @@ class TrainConfig(Section):
     """Cores, and torch threads, of each."""
     gpus_per_worker: float = execution(0, ge=0)
     """Devices of each; 0 trains on the CPU with gloo."""
+    device_memory: float | None = execution(None, gt=0)
+    """GiB of one device, what `plan` holds its estimate against; null asks the device, or on the CPU
+    takes a worker's share of this machine."""
     checkpoint_every: int = execution(200, ge=1)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = execution(2, ge=1)
     """Newest checkpoints of a running stage that are kept."""
+    profile_steps: tuple[int, int] | None = execution(None)
+    """First and last step, from 0, of which a torch.profiler trace goes to profiles/ in the storage."""
     max_failures: int = execution(3, ge=0)
     """Worker failures survived per stage, each from the last checkpoint."""
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> TrainConfig:
+        steps = self.profile_steps
+        if steps is not None and not 0 <= steps[0] <= steps[1]:
+            raise ValueError(f"profile_steps is {list(steps)}; 0 <= first <= last is needed")
+        return self
 
     @property
     def most_workers(self) -> int:

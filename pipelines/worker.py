@@ -8,7 +8,6 @@ has left.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Mapping
@@ -19,11 +18,14 @@ from typing import Any
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
 
+from pipelines import out_of_memory
 from pipelines.artifact import Artifact
+from pipelines.checkpoints import Checkpoints
+from pipelines.meter import Meter
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource
+from pipelines.profiling import StepProfiler
 from pipelines.signals import Signals
 from pipelines.store import Store
 from pipelines.train_config import TrainConfig, training_execution
@@ -33,15 +35,16 @@ from seekr.methods import Method
 from seekr.models import load_tokenizer
 from seekr.prompts import pad_id_of
 from seekr.training.build import Origin, file_name
-from seekr.training.checkpoint import check_masters, load_checkpoint, take_snapshot
+from seekr.training.checkpoint import check_masters, load_checkpoint
 from seekr.training.export import export_adapters, export_model
 from seekr.training.loop import Training, Workers
 from seekr.training.ranges import check_equal
 from seekr.training.settings import Recipe
 from seekr.training.strategy import create_strategy
 
-PROGRESS = "progress.json"
 MODEL, ADAPTER = "model", "adapter"
+# Of a step, on the screen.
+SHOWN = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_bytes", "mfu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,7 @@ class TrainSpec:
         settings: the stage's identity fields.
         execution: workers, micro-batch size and the like.
         data, replay, targets: artifacts by task name.
+        attempt: the stage's.
     """
 
     store: Store
@@ -65,17 +69,32 @@ class TrainSpec:
     replay: Mapping[str, Artifact]
     targets: Mapping[str, Artifact]
     report: Reporter
+    attempt: int
 
 
 def train_worker(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Entry point of `TorchTrainer`; returns history and exported files on rank 0."""
-    return _Worker(config["spec"]).run()
+    """Entry point of `TorchTrainer`; returns history and exported files on rank 0.
+
+    Or, again on rank 0 only, why it ended early: `diverged`, `stopped` or `out_of_memory`.
+    """
+    spec: TrainSpec = config["spec"]
+    found = out_of_memory.noted(spec.store, spec.key, spec.attempt)
+    if found is not None:
+        return {"out_of_memory": found}
+    place = out_of_memory.Place()
+    try:
+        return _Worker(spec, place).run()
+    except Exception as error:
+        if out_of_memory.is_out_of_memory(error):
+            rank = ray.train.get_context().get_world_rank()
+            out_of_memory.note(spec.store, spec.key, spec.attempt, rank, place, error)
+        raise
 
 
 class _Worker:
-    def __init__(self, spec: TrainSpec) -> None:
+    def __init__(self, spec: TrainSpec, place: out_of_memory.Place) -> None:
         context = ray.train.get_context()
-        self._spec = spec
+        self._spec, self._place = spec, place
         self._workers = Workers(rank=context.get_world_rank(), world_size=context.get_world_size())
         torch.set_num_threads(spec.execution.cpus_per_worker)
         on_gpu = spec.execution.gpus_per_worker > 0
@@ -101,17 +120,26 @@ class _Worker:
             self._workers,
         )
         self._blocks = self._strategy.blocks()
+        self._meter = Meter(self._training, device, self._workers.world_size)
+        # One worker's trace is enough: all do the same.
+        traced = spec.execution.profile_steps if self._workers.rank == 0 else None
+        self._profiler = StepProfiler(spec.store, spec.key, traced)
         self._signals = Signals(spec.report, self._workers.rank)
+        self._checkpoints = Checkpoints(
+            spec.store, spec.key, self._workers, self._blocks, self._strategy.optimizer
+        )
         self._history: list[dict[str, Any]] = []
-        self._saved = 0
 
     def run(self) -> dict[str, Any] | None:
         """Take the steps that are left, then export."""
         first = self._resume()
         num_steps, every = self._training.num_steps, self._spec.execution.checkpoint_every
         for step in range(first, num_steps):
-            entry = self._training.step(step, self._signals.wishes())
+            self._profiler.before(step)
+            entry = self._step(step)
             heard = self._signals.heard(entry.pop("wishes"))
+            entry = self._meter.measured(step, entry)
+            self._profiler.after(step, num_steps)
             self._history.append(entry)
             self._tell(step, entry)
             if not math.isfinite(entry["loss"]) or not math.isfinite(entry["grad_norm"]):
@@ -121,84 +149,69 @@ class _Worker:
                 break
             if heard.stop:
                 self._save(done, wait=True)
-                return self._end({"stopped": done})
+                return self._end({"stopped": done, "steps": num_steps})
             if heard.preempted:
                 self._save(done, wait=True)
             elif done % every == 0:
                 self._save(done, wait=False)
         return self._finish()
 
+    def _step(self, step: int) -> dict[str, Any]:
+        place = self._place
+        place.doing, place.step, place.steps = "taking step", step, self._training.num_steps
+        place.checkpoint = self._checkpoints.kept
+        try:
+            return self._training.step(step, self._signals.wishes())
+        except Exception:
+            place.shape = self._training.shape
+            raise
+
     def _tell(self, step: int, entry: Mapping[str, Any]) -> None:
         if self._workers.rank == 0:
-            self._spec.report.post(
-                steps_done=step + 1,
-                steps=self._training.num_steps,
-                loss=entry["loss"],
-                tokens_per_second=entry["tokens"] / max(entry["seconds"], 1e-9),
-            )
+            numbers = {name: entry[name] for name in SHOWN if name in entry}
+            steps = self._training.num_steps
+            self._spec.report.post(steps_done=step + 1, steps=steps, **numbers)
+            self._spec.report.add_step(entry)
 
     def _resume(self) -> int:
         """Load the newest checkpoint, if any; returns the next step.
 
         Either way the optimizer's master weights are compared with the files, bit for bit.
         """
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            for block in self._blocks:
-                check_equal(
-                    self._strategy.source,
-                    file_name(block.name),
-                    block.start,
-                    block.part(block.master),
-                    "master weights",
-                )
-            return 0
-        with checkpoint.as_directory() as path:
-            folder = Path(path)
-            load_checkpoint(folder, self._blocks, self._strategy.optimizer)
+        with self._checkpoints.newest() as found:
+            if found is None:
+                for block in self._blocks:
+                    check_equal(
+                        self._strategy.source,
+                        file_name(block.name),
+                        block.start,
+                        block.part(block.master),
+                        "master weights",
+                    )
+                return 0
+            load_checkpoint(found.folder, self._blocks, self._strategy.optimizer)
             self._strategy.refresh()
-            check_masters(folder, self._blocks)
-            progress = json.loads((folder / PROGRESS).read_text())
-        self._history, self._saved = progress["history"], progress["steps_done"]
-        return progress["steps_done"]
+            check_masters(found.folder, self._blocks)
+            self._history = found.history
+            return found.steps_done
 
     def _save(self, steps_done: int, wait: bool) -> None:
-        """Write a checkpoint; without `wait` while the training goes on, from a copy in memory."""
-        snapshot = take_snapshot(self._blocks, self._strategy.optimizer)
-        folder = Path(tempfile.mkdtemp(prefix="seekr-checkpoint-"))
-        progress = json.dumps({"steps_done": steps_done, "history": self._history})
-        rank = self._workers.rank
-        store, place = self._spec.store, f"{self._spec.key}/checkpoints/run"
-
-        def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
-            snapshot.save(folder, rank)
-            if rank == 0:
-                (folder / PROGRESS).write_text(progress)
-            store.upload(folder, place, name)
-            return Checkpoint(store.full_path(f"{place}/{name}"), store.filesystem)
-
-        mine = bool(snapshot.tensors) or rank == 0
-        ray.train.report(
-            {"steps_done": steps_done},
-            checkpoint=Checkpoint.from_directory(folder) if mine else None,
-            checkpoint_dir_name=f"step-{steps_done:08d}",
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC
-            if wait
-            else CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=upload,
-            delete_local_checkpoint_after_upload=True,
-        )
-        self._saved = steps_done
+        self._place.doing, self._place.step = "copying a checkpoint", None
+        self._checkpoints.save(steps_done, self._history, wait=wait)
 
     def _where(self, step: int, entry: Mapping[str, Any]) -> dict[str, Any]:
         """Say where a loss became no number. Not an exception: trying again would end the same."""
         found = {"step": step, "loss": entry["loss"], "grad_norm": entry["grad_norm"]}
-        return found | {"row_ids": self._training.row_ids(step), "checkpoint": self._saved}
+        return found | {
+            "row_ids": self._training.row_ids(step),
+            "checkpoint": self._checkpoints.handed,
+        }
 
     def _end(self, result: dict[str, Any]) -> dict[str, Any] | None:
         return result if self._workers.rank == 0 else None
 
     def _finish(self) -> dict[str, Any] | None:
+        self._place.doing, self._place.step = "writing the model", None
         with tempfile.TemporaryDirectory(prefix="seekr-model-") as path:
             folder = Path(path)
             (folder / MODEL).mkdir()

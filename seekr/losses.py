@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from seekr.batch_targets import BatchTargets
 
 
-
 def answer_positions(labels_BT: Tensor, *, shift: bool = True) -> tuple[Tensor, Tensor]:
     """Return (batch row [A], padded position [A]) of the logits that belong to answer tokens.
 

@@ -122,6 +122,13 @@ def test_the_configuration_page_is_up_to_date() -> None:
     assert written == SETTINGS["render"](), "run: python docs/write_configuration.py"
 
 
+def test_the_tables_of_the_training_page_are_up_to_date() -> None:
+    tables = runpy.run_path(str(ROOT / "docs" / "write_training_tables.py"))
+    written = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- table: (\w+) -->", written)) == set(tables["TABLES"])
+    assert written == tables["render"](written), "run: python docs/write_training_tables.py"
+
+
 def test_the_configuration_page_has_a_table_for_every_section() -> None:
     sections = {model.__name__ for _, model in SETTINGS["SECTIONS"]}
     defined = set(StreamConfig.model_json_schema()["$defs"]) | {"StreamConfig"}

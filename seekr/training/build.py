@@ -66,6 +66,16 @@ def empty_model(origin: Origin, recipe: Recipe) -> PreTrainedModel:
     return model.train()
 
 
+def check_adapters(origin: Origin, recipe: Recipe) -> None:
+    """Check that the model has the layers that the recipe's adapters name; reads no weights.
+
+    Raises:
+        ConfigError: it lacks one of them.
+    """
+    if recipe.lora is not None and recipe.lora.targets is not None:
+        empty_model(origin, recipe)
+
+
 def _inject(model: PreTrainedModel, lora: Lora) -> None:
     """Put adapters into the model in place and freeze everything else."""
     decoder: Any = model.get_decoder()

@@ -1,20 +1,24 @@
 """Checkpoints of a training in progress: every worker's ranges as safetensors, no pickle anywhere.
 
 A worker writes the ranges it holds of master weights and optimizer state, and a JSON index of where
-they belong. On the way in each worker reads what overlaps its own ranges, from whichever files hold
-it, so number of workers, strategy and ZeRO stage may change in between. torch.distributed.checkpoint
-and DeepSpeed's own format are not used: their metadata or all of their content is pickle, and
-DeepSpeed's is bound to the number of workers.
+they belong. Every file's name says how many there are, so a missing one is missed. On the way in each
+worker reads what overlaps its own ranges, from whichever files hold it, so number of workers, strategy
+and ZeRO stage may change in between. torch.distributed.checkpoint and DeepSpeed's own format are not
+used: their metadata or all of their content is pickle, and DeepSpeed's is bound to the number of
+workers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +27,19 @@ from seekr.errors import StoreError
 from seekr.training.ranges import Block, check_equal, copy_in, flat
 
 MASTER = "master"
+_NUMBERED = re.compile(r"shard-(\d{5})-of-(\d{5})\.(?:json|safetensors)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writer:
+    """Which of the checkpoint's writers a worker is; `number` is None if it has nothing to write."""
+
+    number: int | None
+    count: int
+
+    def name(self) -> str:
+        """Return the name of its files, but for the suffix."""
+        return f"shard-{self.number:05d}-of-{self.count:05d}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +59,36 @@ class Snapshot:
     tensors: dict[str, Tensor]
     index: dict[str, dict[str, int]]
 
-    def save(self, folder: Path, rank: int) -> bool:
-        """Write them; returns whether there were any."""
-        if not self.tensors:
-            return False
-        save_file(self.tensors, folder / f"shard-{rank:05d}.safetensors")
-        (folder / f"shard-{rank:05d}.json").write_text(json.dumps(self.index))
-        return True
+    def save(self, folder: Path, writer: Writer) -> None:
+        """Write them, if there are any."""
+        if writer.number is None:
+            return
+        save_file(self.tensors, folder / f"{writer.name()}.safetensors")
+        (folder / f"{writer.name()}.json").write_text(json.dumps(self.index))
+
+
+def writer_of(blocks: Sequence[Block]) -> Writer:
+    """Return this worker's place among the writers. Called on all workers."""
+    writes = any(block.writer and block.length for block in blocks)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Writer(number=0 if writes else None, count=int(writes))
+    all_write: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_write, writes)
+    number = sum(all_write[: dist.get_rank()]) if writes else None
+    return Writer(number=number, count=sum(all_write))
+
+
+def missing_files(names: Iterable[str]) -> list[str]:
+    """Return which of a checkpoint's files are not among the names of those that are there."""
+    found = set(names)
+    counts = {int(match[2]) for name in found if (match := _NUMBERED.fullmatch(name))}
+    expected = {
+        f"{Writer(number=number, count=count).name()}{suffix}"
+        for count in counts or {1}
+        for number in range(count)
+        for suffix in (".json", ".safetensors")
+    }
+    return sorted(expected - found)
 
 
 def take_snapshot(blocks: Sequence[Block], optimizer: torch.optim.Optimizer) -> Snapshot:
@@ -110,20 +150,28 @@ class Shards:
     """The files of a checkpoint as a source of ranges.
 
     Raises:
-        StoreError: an index cannot be read.
+        StoreError: a file is missing, or an index cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._pieces: dict[str, list[Piece]] = {}
+        missing = missing_files(path.name for path in folder.iterdir())
+        if missing:
+            raise self._damaged(
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+            )
         for path in sorted(folder.glob("shard-*.json")):
-            try:
-                entries = json.loads(path.read_text())
-            except ValueError as error:
-                raise self._damaged(f"{path.name} is not JSON") from error
-            for key, entry in entries.items():
-                piece = Piece(file=path.with_suffix(".safetensors").name, key=key, **entry)
+            for key, piece in self._read_index(path):
                 self._pieces.setdefault(key, []).append(piece)
+
+    def _read_index(self, path: Path) -> list[tuple[str, Piece]]:
+        file = path.with_suffix(".safetensors").name
+        try:
+            entries = json.loads(path.read_text())
+            return [(key, Piece(file=file, key=key, **entry)) for key, entry in entries.items()]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise self._damaged(f"{path.name} cannot be read: {error}") from error
 
     def read(self, name: str, start: int, length: int) -> Tensor:
         """Return numbers of a tensor, joined from all pieces that overlap the range."""

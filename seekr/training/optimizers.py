@@ -13,12 +13,12 @@ from seekr.errors import ConfigError
 from seekr.training.settings import Recipe
 
 
-def check_optimizer(recipe: Recipe, device_type: str, strategy: str) -> None:
+def check_optimizer(recipe: Recipe, strategy: str) -> None:
     """Check that the optimizer can be had here.
 
     Raises:
-        ConfigError: the 8-bit one without its library, off CUDA, or under a strategy whose
-            parameters it cannot read.
+        ConfigError: the 8-bit one without its library, or under a strategy whose parameters it
+            cannot read.
     """
     if recipe.optimizer != "adamw_8bit":
         return
@@ -33,11 +33,6 @@ def check_optimizer(recipe: Recipe, device_type: str, strategy: str) -> None:
             "train.optimizer is adamw_8bit and the package bitsandbytes is not installed; install "
             "it (pip install 'seekr-ray[bitsandbytes]') or use adamw"
         )
-    if device_type != "cuda":
-        raise ConfigError(
-            f"train.optimizer is adamw_8bit and training runs on {device_type}; bitsandbytes has "
-            "this optimizer on CUDA: set train.gpus_per_worker, or use adamw"
-        )
 
 
 def create_optimizer(parameters: Iterable[Tensor], recipe: Recipe) -> torch.optim.Optimizer:
@@ -48,14 +43,33 @@ def create_optimizer(parameters: Iterable[Tensor], recipe: Recipe) -> torch.opti
         "weight_decay": recipe.weight_decay,
     }
     if recipe.optimizer == "adamw_8bit":
-        from bitsandbytes.optim.adamw import AdamW8bit
-
-        return AdamW8bit(parameters, **common)
+        return _eight_bit(parameters, common)
     return torch.optim.AdamW(parameters, fused=True, **common)
 
 
+def _eight_bit(parameters: Iterable[Tensor], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return bitsandbytes' AdamW with its state made, and its step count where it is saved."""
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    class Counted(AdamW8bit):
+        """Keeps the count of steps, a plain number there, as a tensor beside the other state."""
+
+        def update_step(self, group: Any, p: Tensor, gindex: int, pindex: int) -> None:
+            state = self.state[p]
+            state["step"] = int(state["count"])
+            super().update_step(group, p, gindex, pindex)
+            state["count"].fill_(state["step"])
+
+    optimizer = Counted(parameters, **settings)
+    for gindex, group in enumerate(optimizer.param_groups):
+        for pindex, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, gindex, pindex)
+            optimizer.state[parameter]["count"] = torch.zeros(1, dtype=torch.int64)
+    return optimizer
+
+
 def prepare_state(optimizer: torch.optim.Optimizer, masters: Iterable[Tensor]) -> None:
-    """Give every master the state that AdamW would make in its first step."""
+    """Give every master the state that AdamW would make in its first step, where it has none."""
     for master in masters:
         state = optimizer.state[master]
         if not state:

@@ -7,6 +7,7 @@ averaged over workers by all strategies, so the loop multiplies its loss by thei
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -75,15 +76,14 @@ class Plain:
     def __init__(
         self, origin: Origin, recipe: Recipe, execution: Execution, device: torch.device
     ) -> None:
-        check_optimizer(recipe, device.type, execution.strategy)
+        check_optimizer(recipe, execution.strategy)
         self._recipe, self._device = recipe, device
         self.model = prepare_model(origin, recipe, execution)
         self.source = origin_source(origin, self.model, recipe)
         self.module: nn.Module = self.model
         self._build()
         self.optimizer = create_optimizer(self._trained().values(), recipe)
-        if recipe.optimizer == "adamw":
-            prepare_state(self.optimizer, self._trained().values())
+        prepare_state(self.optimizer, self._trained().values())
 
     def _build(self) -> None:
         materialise(self.model, self._device)
@@ -168,7 +168,11 @@ def prepare_model(origin: Origin, recipe: Recipe, execution: Execution) -> PreTr
         enable: Callable[..., None] = model.gradient_checkpointing_enable
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if execution.compile:
-        for layer in decoder_layers(model):
+        layers = decoder_layers(model)
+        # A layer's code is compiled anew for each layer that is distilled: they name themselves.
+        dynamo: Any = importlib.import_module("torch._dynamo.config")
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 + 4 * len(layers))
+        for layer in layers:
             layer.compile(dynamic=True)
     return model
 

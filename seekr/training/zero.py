@@ -41,7 +41,7 @@ class Zero:
         self, origin: Origin, recipe: Recipe, execution: Execution, device: torch.device
     ) -> None:
         check_zero(execution)
-        check_optimizer(recipe, device.type, execution.strategy)
+        check_optimizer(recipe, execution.strategy)
         self._deepspeed = _import(device)
         self._stage = execution.zero_stage
         self._settings = engine_settings(recipe, execution)

@@ -72,9 +72,9 @@ def missing_section(values: Values, folder: Path) -> None:
     del values["model"]
 
 
-@case("train.strategy", "'ddp' or 'fsdp'", "'deepspeed'")
+@case("train.strategy", "'ddp', 'fsdp' or 'deepspeed'", "'megatron'")
 def strategy_that_is_not_there(values: Values, folder: Path) -> None:
-    values["train"]["strategy"] = "deepspeed"
+    values["train"]["strategy"] = "megatron"
 
 
 @case("tasks.upper.train", "absent.jsonl does not exist")
@@ -459,3 +459,34 @@ def bits_that_are_not_there(values: Values, folder: Path) -> None:
 @case("teach.dtype: unknown field", "bits", "logits_kept")
 def a_setting_of_earlier_versions(values: Values, folder: Path) -> None:
     values["teach"] = {"dtype": "float16"}
+
+
+@case("train.offload is 'optimizer'", "'none' and 'all' are allowed")
+def a_part_that_fsdp_cannot_offload(values: Values, folder: Path) -> None:
+    values["train"] |= {"strategy": "fsdp", "offload": "optimizer"}
+
+
+@case("train.offload is 'all' with train.zero_stage 2", "zero_stage 3 is needed")
+def parameters_offloaded_that_zero_2_keeps(values: Values, folder: Path) -> None:
+    values["train"] |= {"strategy": "deepspeed", "zero_stage": 2, "offload": "all"}
+
+
+@case("train.optimizer is adamw_8bit and train.strategy fsdp", "use strategy ddp")
+def eight_bit_state_for_shards(values: Values, folder: Path) -> None:
+    values["train"] |= {"strategy": "fsdp", "optimizer": "adamw_8bit"}
+
+
+@case("train.lora.targets names 'qq_proj'", "q_proj", "or leave targets null for all")
+def adapters_for_layers_the_model_lacks(values: Values, folder: Path) -> None:
+    values["train"]["lora"] = {"targets": ["q_proj", "qq_proj"]}
+
+
+@case("train.workers", "min is 3 and max 2")
+def fewer_workers_at_most_than_at_least(values: Values, folder: Path) -> None:
+    values["train"]["workers"] = {"min": 3, "max": 2}
+
+
+@case("train.offload is 'optimizer'", "train.lora.targets names 'x'", "task upper: max_length")
+def what_workers_would_find_and_more(values: Values, folder: Path) -> None:
+    values["train"] |= {"strategy": "fsdp", "offload": "optimizer", "lora": {"targets": ["x"]}}
+    values["data"]["max_length"] = 4096

@@ -242,7 +242,7 @@ def test_there_is_an_example() -> None:
     [
         {"tran": {}},
         {"train": {"epochs": "two"}},
-        {"train": {"strategy": "deepspeed"}},
+        {"train": {"strategy": "megatron"}},
         {"method": {"name": "sekr"}},
         {"method": {"name": "replay", "head_budget": 2}},
         {"tasks": []},

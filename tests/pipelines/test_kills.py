@@ -6,25 +6,21 @@ training workers and scoring actors are killed at random moments of a stream tha
 
 from __future__ import annotations
 
-import hashlib
-import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.pipelines.running import RUN_SECONDS, Run, digests, finished, wait_for
 from tests.pipelines.streams import make_stream
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 DRIVER_KILLS, WORKER_KILLS, SCORER_KILLS = 6, 4, 2
 SLOW_TRAINING = {"epochs": 60, "checkpoint_every": 20, "max_failures": 10}
-RUN_SECONDS = 400
 
 
 @pytest.fixture(scope="module")
@@ -33,76 +29,12 @@ def stream_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_stream(folder, train=SLOW_TRAINING, replay={"ratio": 0.5})
 
 
-@dataclass(slots=True)
-class Run:
-    """One `seekr run` in a process group of its own."""
-
-    process: subprocess.Popen[str]
-
-    @classmethod
-    def start(cls, path: Path, storage: Path) -> Run:
-        command = [sys.executable, "-m", "pipelines.cli", "run", str(path)]
-        command += ["--set", f"storage={storage}"]
-        log = (storage.parent / f"{storage.name}.log").open("a")
-        return cls(
-            subprocess.Popen(command, stdout=log, stderr=log, text=True, start_new_session=True)
-        )
-
-    def running(self) -> bool:
-        return self.process.poll() is None
-
-    def wait(self) -> int:
-        return self.process.wait(timeout=RUN_SECONDS)
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        # Ray's processes go with the driver; the next run must not meet them.
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and self.children():
-            time.sleep(0.2)
-
-    def children(self, title: str = "") -> list[psutil.Process]:
-        """Processes of the run's session whose title begins like that."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                same = os.getsid(process.pid) == self.process.pid
-                if same and title in " ".join(process.cmdline()):
-                    found.append(process)
-            except (psutil.Error, ProcessLookupError):
-                continue
-        return found
-
-
-def digests(storage: Path) -> dict[str, str]:
-    """Of every final model's weights, by stage key."""
-    return {
-        str(path.parent.parent.relative_to(storage)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(storage.glob("train/*/*/model/model.safetensors"))
-    }
-
-
-def finished(storage: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in storage.glob("*/*/*/record.json")}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(stream_path: Path) -> Path:
     storage = stream_path.parent / "undisturbed"
     assert Run.start(stream_path, storage).wait() == 0
     assert len(digests(storage)) == 2
     return storage
-
-
-def wait_for(run: Run, titles: Sequence[str]) -> psutil.Process | None:
-    """Return a process of the run with one of the titles, or None if the run ends first."""
-    while run.running():
-        for title in titles:
-            if found := run.children(title):
-                return random.choice(found)
-        time.sleep(0.05)
-    return None
 
 
 def test_a_stream_whose_driver_is_killed_again_and_again_ends_with_the_same_bits(

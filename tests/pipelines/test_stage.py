@@ -265,7 +265,7 @@ def test_an_interrupt_is_no_failure(store: Store) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_stage(store, TRAIN, interrupt)
-    assert state(store, TRAIN) == "missing"
+    assert state(store, TRAIN) == "interrupted"
     assert run_stage(store, TRAIN, number(1)).attempts == 2
 
 
@@ -299,7 +299,7 @@ def test_a_killed_run_is_repeated_with_the_same_result_and_nothing_else_is(
     assert state(any_store, TRAIN) == "running"
     process.kill()
     process.wait()
-    assert state(any_store, TRAIN) == "missing"
+    assert state(any_store, TRAIN) == "interrupted"
     assert any_store.exists(f"{TRAIN.key}/half.json")
 
     kinds = Kinds()

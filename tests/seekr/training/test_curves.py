@@ -44,9 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {"activation_checkpointing": True, "micro_batch_size": 2},
     "packing": {"pack_tokens": 48},
     "lora": {"micro_batch_size": 2},
+    "compiled": {"compile": True},
     "all": {"activation_checkpointing": True, "micro_batch_size": 1, "pack_tokens": 40},
 }
-CASES = [(s, v, w) for w in (1, 2) for s in STRATEGIES for v in VARIANTS]
+CASES = [(s, v, w) for w in (1, 2) for s in STRATEGIES for v in VARIANTS if v != "compiled"]
 
 
 def _lora_of(variant: str) -> Lora | None:
@@ -108,6 +109,17 @@ def test_a_loss_curve_equals_that_of_one_simple_process(
         for name in ("loss", "task", "replay", "logits", "attention"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-6), (name, ours)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), ours
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_curve(
+    model: Path, references: dict[bool, list[dict[str, float]]], tmp_path: Path
+) -> None:
+    case = {"folder": model, "strategy": "ddp", "variant": "compiled"}
+    found = run_world(1, curve, {"compiled": case}, tmp_path)["compiled"]
+    assert not isinstance(found, str), found
+    expected = [step["loss"] for step in references[False]]
+    assert [step["loss"] for step in found] == pytest.approx(expected, rel=2e-4)
 
 
 def test_the_training_learns(references: dict[bool, list[dict[str, float]]]) -> None:

@@ -1,0 +1,139 @@
+"""How large a model is, piece by piece, read from its configuration without any of its weights.
+
+The model is built on the meta device, where parameters have shapes and no memory, so the counts are the
+real model's own: shared weights once, adapters as peft makes them. Everything that is estimated
+of a training's memory (`memory`, `activations`) starts from these numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from seekr.answers import has_plain_head
+from seekr.models import model_shape
+from seekr.training.build import Origin, decoder_layers, empty_model, is_adapter
+from seekr.training.settings import Lora, Recipe
+
+# Linear layers that read one tensor, and the one at which an adapter or a gradient keeps it.
+QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
+GATE_UP = ("gate_proj", "up_proj")
+ATTENTION_OUT, DOWN = "o_proj", "down_proj"
+ALL_LINEAR = (*QUERY_KEY_VALUE, ATTENTION_OUT, *GATE_UP, DOWN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSizes:
+    """Counts of numbers, none of them bytes.
+
+    Attributes:
+        layers, heads, kv_heads, head_dim, vocab: as the configuration has them.
+        width: of the hidden states. inner: of the MLP.
+        layer: numbers of one decoder layer's own weights, without adapters.
+        root: of everything that is in no layer: embedding, head, last norm.
+        head: of the output layer's weight. tied: whether it is the embedding's.
+        linear: of the matrices in all layers, which autocast makes copies of.
+        trained, frozen: all numbers that are updated, and those that are not.
+        adapters: trained numbers that belong to adapters.
+        rank, dropout: of the adapters, 0 without.
+        targets: linear layers with an adapter; all of them are trained themselves without.
+        plain_head: whether logits can be read in chunks.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    inner: int
+    vocab: int
+    layer: int
+    root: int
+    head: int
+    tied: bool
+    linear: int
+    trained: int
+    frozen: int
+    adapters: int
+    rank: int
+    dropout: float
+    targets: tuple[str, ...]
+    plain_head: bool
+
+    @property
+    def total(self) -> int:
+        """Numbers of the model with its adapters."""
+        return self.trained + self.frozen
+
+    @property
+    def adapted(self) -> bool:
+        return self.rank > 0
+
+    @property
+    def queries(self) -> int:
+        """Width of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def trained_root(self) -> int:
+        """Trained numbers outside of layers."""
+        return 0 if self.adapted else self.root
+
+    @property
+    def trained_layer(self) -> int:
+        """Trained numbers of one layer."""
+        return self.adapters // self.layers if self.adapted else self.layer
+
+
+def read_sizes(origin: Origin, recipe: Recipe) -> ModelSizes:
+    """Return the sizes of the model that a training would build; config.json is enough.
+
+    Raises:
+        ConfigError: the recipe's adapters name layers that the model lacks.
+        UnsupportedModel: the configuration does not name its layers and heads.
+    """
+    return sizes_of(empty_model(origin, recipe), recipe.lora)
+
+
+def sizes_of(model: PreTrainedModel, lora: Lora | None) -> ModelSizes:
+    """Return the sizes of a model, on any device."""
+    shape, text = model_shape(model.config), model.config.get_text_config()
+    layers = decoder_layers(model)
+    named = list(model.named_parameters())
+    own = sum(p.numel() for name, p in named if not is_adapter(name))
+    in_layers = [(n, p) for layer in layers for n, p in layer.named_parameters()]
+    in_layers = [(name, p) for name, p in in_layers if not is_adapter(name)]
+    in_layer = sum(p.numel() for _, p in in_layers)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    trained = sum(p.numel() for _, p in named if p.requires_grad)
+    return ModelSizes(
+        layers=shape.num_layers,
+        heads=shape.num_heads,
+        kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        width=text.hidden_size,
+        inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocab=shape.vocab_size,
+        layer=in_layer // len(layers),
+        root=own - in_layer,
+        head=head.weight.numel(),  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
+        tied=head.weight is embedding.weight,  # pyright: ignore[reportOptionalMemberAccess]
+        linear=sum(p.numel() for _, p in in_layers if p.dim() == 2),
+        trained=trained,
+        frozen=own + _adapter_numbers(model) - trained,
+        adapters=_adapter_numbers(model),
+        rank=0 if lora is None else lora.rank,
+        dropout=0.0 if lora is None else lora.dropout,
+        targets=ALL_LINEAR if lora is None or lora.targets is None else lora.targets,
+        plain_head=has_plain_head(model),
+    )
+
+
+def _adapter_numbers(model: PreTrainedModel) -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
