@@ -39,7 +39,8 @@ class Interrupted(SeekrError):
 class Interrupts:
     """What signals have asked of this process. A context manager; only the main thread may enter.
 
-    Not entered it takes no signals, and nothing is ever asked.
+    Not entered it takes no signals, and nothing is ever asked. Once a run begins to stop, the process
+    has to end: if it has not a little after the grace, whatever hangs, it is ended from within.
 
     Args:
         grace: seconds that trainings have to save.

@@ -28,7 +28,7 @@ _STYLES = {"fits": "green", "close": "yellow", "does not fit": "red", "unknown":
 
 def memory_table(plan: MemoryPlan) -> Group:
     """Return the parts and the peak of a worker, the verdict, and settings that would fit."""
-    table = Table(title=f"memory of a training worker: {_setting(plan)}", title_justify="left")
+    table = Table(title=f"memory of a training worker\n{_setting(plan)}", title_justify="left")
     table.add_column("part")
     table.add_column("at the peak", justify="right")
     table.add_column("what")
@@ -51,7 +51,9 @@ def memory_table(plan: MemoryPlan) -> Group:
 
 def shown(size: int) -> str:
     """Return bytes in MiB or GiB."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
+    if size >= GIB:
+        return f"{size / GIB:.1f} GiB"
+    return f"{size / MIB:.0f} MiB" if size >= 10 * MIB else f"{size / MIB:.1f} MiB"
 
 
 def _setting(plan: MemoryPlan) -> str:

@@ -28,9 +28,9 @@ class LoraConfig(Section):
 class WorkerRange(Section):
     """How few and how many workers a training may have; every change goes on from a checkpoint."""
 
-    min: int = Field(ge=1)
+    min: int = execution(..., ge=1)
     """It waits for so many."""
-    max: int = Field(ge=1)
+    max: int = execution(..., ge=1)
     """It never asks for more."""
 
     @model_validator(mode="after")

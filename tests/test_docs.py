@@ -50,8 +50,17 @@ OTHERS = {
     "tasks[]/template": "'{input} ?'",
     "tasks[]/truncate": "head",
     "tasks[]/metric": "accuracy",
+    "train/lora": {"rank": 4},
+    "train/profile_steps": [1, 2],
     "tracking/uri": "sqlite:///other.db",
     "ray/address": "auto",
+}
+
+
+# Sections that a stream lacks by default: what they are given as a whole.
+OPTIONAL = {
+    "train.lora": {"rank": 4, "alpha": 3.0, "dropout": 0.1, "targets": ["q_proj"]},
+    "train.workers": {"min": 1, "max": 2},
 }
 
 
@@ -77,6 +86,8 @@ def changes(heading: str, row: Any, config: StreamConfig, folder: Path) -> list[
     """Overrides that give one field another valid value."""
     if heading.startswith("method") and row.name == "name":
         return [f"method={{name: {'replay' if config.method.name == 'seqft' else 'seqft'}}}"]
+    if heading in OPTIONAL:
+        return [f"{heading}={json.dumps(OPTIONAL[heading])}"]
     section = {"stream": "", "tasks[]": "tasks.0."}.get(heading, f"{heading.partition(':')[0]}.")
     value: Any = config
     for part in f"{section}{row.name}".split("."):

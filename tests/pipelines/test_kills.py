@@ -7,6 +7,8 @@ training workers and scoring actors are killed at random moments of a stream tha
 from __future__ import annotations
 
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +91,28 @@ def test_killed_training_workers_and_scoring_actors_are_replaced_with_the_same_b
     assert digests(storage) == digests(undisturbed)
     assert killed["ray::RayTrainWorker"] == WORKER_KILLS
     assert killed["ray::ScorerHost"] >= 1
+
+
+@pytest.mark.parametrize("title", ["ray::ScorerHost", "ray::GeneratorHost"])
+def test_a_run_that_is_asked_to_end_waits_for_nothing_that_begins_again(
+    stream_path: Path, undisturbed: Path, title: str
+) -> None:
+    storage = stream_path.parent / f"asked-{title[5:]}"
+    # What is before the stage is taken from the run that was not disturbed.
+    shutil.copytree(undisturbed, storage)
+    for stage in ("score", "select", "teach", "evaluate"):
+        shutil.rmtree(storage / stage)
+    run = Run.start(stream_path, storage)
+    assert wait_for(run, [title]) is not None, run.said()
+    asked = time.monotonic()
+    assert run.signal(signal.SIGTERM) == 143, run.said()
+    assert time.monotonic() - asked < 20
+    last = run.said().strip().splitlines()[-1]
+    assert "was left, it begins again. Run the same command again to go on" in last
+    assert not list(storage.glob("*/*/*/failure.json"))
+    assert not list(storage.glob("*/*/*/.lease/claim-*")), "a lease is left"
+    assert Run.start(stream_path, storage).wait() == 0
+    assert digests(storage) == digests(undisturbed)
 
 
 def test_two_runs_at_once_compute_nothing_twice(stream_path: Path, undisturbed: Path) -> None:

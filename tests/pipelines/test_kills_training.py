@@ -200,9 +200,9 @@ def cluster() -> Iterator[Cluster]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def kill_node(cluster: Cluster) -> None:
-    """`kill -9` of the raylet of the node that is not the head; its workers end with it."""
-    (node,) = cluster.worker_nodes
+def kill_node(cluster: Cluster, node: Any = None) -> None:
+    """`kill -9` of the raylet of a node, else of the only one but the head; its workers end too."""
+    node = node or next(iter(cluster.worker_nodes))
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     raylet.kill()
     cluster.remove_node(node, allow_graceful=False)
@@ -262,6 +262,46 @@ def test_an_elastic_training_goes_on_with_the_node_that_is_left(
     moved = largest_difference(storage, undisturbed("fsdp"))
     print(f"largest difference of a weight after 2 -> 1 workers: {moved:.2e}")
     assert 0.0 <= moved < MOVED
+
+
+def test_a_node_that_is_announced_to_go_is_saved_for_and_no_failure(
+    start: Callable[..., Run], cluster: Cluster, tmp_path: Path
+) -> None:
+    storage, deadline = tmp_path / "store", 30
+    longer = ("train.strategy=fsdp", f"train.epochs={STEPS}")
+    whole = start(tmp_path / "whole", *longer)
+    assert_finished(whole, tmp_path / "whole")
+    # The only checkpoint is the one that is saved because of the notice.
+    seldom = ("train.checkpoint_every=10000", "train.max_failures=0")
+    run = start(storage, *longer, *seldom, f"ray.address={cluster.address}")
+    wait_for_training(run)
+    (node,) = cluster.worker_nodes
+    drain(cluster, node.node_id, deadline)
+    announced = time.monotonic()
+    assert wait_for_steps(run, storage, beyond=0), run.said()[-4000:]
+    cluster.add_node(num_cpus=1)
+    time.sleep(max(0.0, deadline - (time.monotonic() - announced)))
+    assert run.running(), "the training ended before the node did: give it more steps"
+    kill_node(cluster, node)
+    KILLS["node, announced"] += 1
+    assert_finished(run, storage)
+    assert digests(storage) == digests(tmp_path / "whole")
+
+
+def drain(cluster: Cluster, node_id: str, deadline: int) -> None:
+    """Announce that a node will be taken away, as autoscalers do for spot machines."""
+    command = [str(Path(sys.executable).parent / "ray"), "drain-node"]
+    command += ["--address", str(cluster.address), "--node-id", node_id]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
+    command += ["--deadline-remaining-seconds", str(deadline)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def wait_for_training(run: Run) -> None:
+    """Wait until steps are taken, which a run says every 15 seconds."""
+    while "step " not in run.said():
+        assert run.running(), run.said()[-4000:]
+        time.sleep(0.2)
 
 
 def test_a_second_signal_ends_at_once_and_nothing_that_was_saved_is_lost(
