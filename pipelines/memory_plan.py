@@ -267,7 +267,9 @@ def _search(ask: _Asked, train: TrainConfig, device: Device, memory: int) -> Ite
 
 def _alternative(changes: Mapping[str, Any], peak: int) -> Alternative:
     shown = {
-        f"train.{name}": value.model_dump(mode="json") if isinstance(value, LoraConfig) else value
+        f"train.{name}": {"rank": value.rank, "alpha": value.alpha}
+        if isinstance(value, LoraConfig)
+        else value
         for name, value in changes.items()
     }
     return Alternative(
@@ -317,6 +319,8 @@ def _offloaded(train: TrainConfig) -> Iterator[dict[str, Any]]:
         yield {"offload": "all"}
     if train.strategy == "deepspeed" and train.offload == "none":
         yield {"offload": "optimizer"}
+    if train.strategy == "ddp" and train.optimizer == "adamw":
+        yield {"strategy": "deepspeed", "zero_stage": 2, "offload": "optimizer"}
     if train.optimizer == "adamw" and train.offload != "all":
         yield {"strategy": "deepspeed", "zero_stage": 3, "offload": "all"}
 
