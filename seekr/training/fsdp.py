@@ -1,7 +1,8 @@
 """FSDP2: parameters, gradients and optimizer state sharded by rows, gathered layer by layer.
 
-Master weights are the float32 shards; what a pass gathers is cast to the recipe's dtype, gradients
-are reduced in float32. With offload the shards, their gradients and the update live on the host.
+Master weights are the float32 shards; what a pass gathers is cast to the recipe's dtype. Gradients are
+reduced in float32, in every pass: left whole until a step's last pass they would take 4 bytes per
+parameter on every worker. With offload the shards, their gradients and the update live on the host.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Fsdp(Plain):
             options["offload_policy"] = CPUOffloadPolicy()
         for layer in decoder_layers(self.model):
             fully_shard(layer, **options)
-        self._root: Any = fully_shard(self.model, **options)
+        fully_shard(self.model, **options)
         materialise(self.model, torch.device("cpu") if self._offload else self._device)
         if self._offload:
             for name, buffer in self.model.named_buffers():
@@ -63,10 +64,6 @@ class Fsdp(Plain):
     def _clip(self, max_norm: float) -> float:
         norm = nn.utils.clip_grad_norm_(self._trained().values(), max_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-
-    def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
-        self._root.set_requires_gradient_sync(last)
-        return nullcontext()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()

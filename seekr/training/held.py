@@ -105,10 +105,8 @@ def _fsdp(
     device: Device,
 ) -> Held:
     """Shards of rows. A layer is whole while it computes, the next one on its way; what lies outside
-    of layers stays whole from forward to backward, as FSDP2 leaves its root.
-
-    Passes before a step's last one do not reduce their gradients, so those of all weights are whole,
-    in float32, until the last pass.
+    of layers stays whole from forward to backward, as FSDP2 leaves its root. Every pass reduces its
+    gradients to shards.
     """
     share = -(-sizes.trained // workers)
     layer = sizes.layer + sizes.adapters // sizes.layers
@@ -122,7 +120,7 @@ def _fsdp(
         optimizer=0 if offloads else 8 * share,
         gathered=numbers.product * (sizes.root + in_flight * layer),
         before=0,
-        between=4 * sizes.trained,
+        between=4 * share,
         after=4 * share,
         begun=reduced,
         reduced=reduced,

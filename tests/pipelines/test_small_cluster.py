@@ -58,6 +58,9 @@ def test_what_can_never_be_placed_is_refused(
     stream_path: Path, address: str, change: str, told: str
 ) -> None:
     config = open_stream(stream_path, [f"ray.address={address}", change]).config
-    with pytest.raises(ConfigError, match=r"lower train\.workers") as refused, ray_session([config]):
+    with (
+        pytest.raises(ConfigError, match=r"lower train\.workers") as refused,
+        ray_session([config]),
+    ):
         pass
     assert told in str(refused.value)
