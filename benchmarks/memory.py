@@ -139,9 +139,11 @@ CASES = (
     Case(
         name="ddp, 1 worker, SEEKR, checkpointing", replay=2, activation_checkpointing=True, **_LONG
     ),
+    Case(name="ddp, 1 worker, bfloat16", dtype="bfloat16"),
     Case(name="ddp, 2 workers", **_TWO),
     Case(name="fsdp, 2 workers", strategy="fsdp", **_TWO),
     Case(name="fsdp, 2 workers, SEEKR", strategy="fsdp", workers=2, replay=4),
+    Case(name="fsdp, 2 workers, bfloat16", strategy="fsdp", dtype="bfloat16", **_TWO),
     Case(name="ZeRO-2, 2 workers", strategy="deepspeed", zero_stage=2, **_TWO),
     Case(name="ZeRO-3, 2 workers", strategy="deepspeed", zero_stage=3, **_TWO),
 )
@@ -337,19 +339,19 @@ def main() -> None:
         for case in CASES:
             if args.only is None or args.only in case.name:
                 cells.append(compare(case, model))
-                show(cells[-1:])
+                print(f"{case.name}: {cells[-1]['ratio']}", flush=True)
+        show(cells)
     if args.only is None:
         args.out.write_text(json.dumps(describe() | {"cells": cells}, indent=1) + "\n")
 
 
 def show(cells: list[dict[str, Any]]) -> None:
     """Print figures in MiB."""
-    table = Table("case", "phase", "estimate", "measured", "ratio", "without process", "by phase")
+    table = Table("case", "peak at", "estimate", "measured", "ratio", "without process")
     for cell in cells:
         row = [f"{cell[name] / MIB:.0f}" for name in ("estimate", "measured")]
-        phases = ", ".join(f"{k} {v / MIB:.0f}" for k, v in cell["measured_by_phase"].items())
-        ratios = [f"{cell[name]:.2f}" for name in ("ratio", "ratio_without_process")]
-        table.add_row(cell["name"], cell["phase"], *row, *ratios, phases)
+        row += [f"{cell[name]:.2f}" for name in ("ratio", "ratio_without_process")]
+        table.add_row(cell["name"], cell["phase"], *row)
     Console().print(table)
 
 

@@ -136,42 +136,78 @@ def _zero(
     sizes: ModelSizes, numbers: Numbers, workers: int, execution: Execution, device: Device
 ) -> Held:
     """Flat parts of everything: of optimizer state and masters (1), gradients (2), weights (3)."""
-    product, trained, stage = numbers.product, sizes.trained, execution.zero_stage
-    share = -(-trained // workers)
+    product, share = numbers.product, -(-sizes.trained // workers)
     # On a GPU the bucket takes its whole size; on the CPU what is written of it becomes memory.
-    bucket = product * (_REDUCE_BUCKET if device == "cuda" else min(trained, _REDUCE_BUCKET))
-    begun = bucket if device == "cuda" else product * _largest(sizes)
-    if stage == 3:
-        weights = product * -(-sizes.total // workers)
-        masters = 0 if product == 4 else 4 * share
-        # Stage 3 never gives its bucket back.
-        gathered = product * (min(sizes.total, _MAX_LIVE) + min(sizes.total, _PREFETCH)) + bucket
-        bucket = begun = 0
-        before = between = after = 4 * share
-        step = 4 * min(share, _SUB_GROUP)
+    most = _REDUCE_BUCKET if device == "cuda" else min(sizes.trained, _REDUCE_BUCKET)
+    if execution.zero_stage == 3:
+        held = _cut_weights(sizes, product, workers, product * most)
+    elif execution.zero_stage == 1 and product == 2 and execution.offload == "none":
+        held = _bfloat16_stage_1(sizes, share)
     else:
-        weights, masters, gathered = product * sizes.total, 4 * share, 0
-        before, step = 0, 4 * share  # the flat gradient that the update reads
-        # Stage 2 keeps its part of the gradients and copies a pass's part out of the bucket.
-        between = 4 * share if stage == 2 else 4 * trained
-        after = between + product * share
-        # Stage 1 reduces in the last pass alone, moving gradients into the bucket.
-        bucket = bucket if stage == 2 else max(0, bucket - product * trained)
-        begun = min(begun, bucket)
-    held = Held(
-        parameters=weights + masters,
+        held = _whole_weights(sizes, product, share, product * most, execution.zero_stage == 2)
+        if device == "cpu":
+            held = replace(held, begun=min(held.reduced, held.largest))
+    masters = 4 * share if execution.zero_stage < 3 or product == 2 else 0
+    return _offloaded(held, execution, masters, share, product) if device == "cuda" else held
+
+
+def _cut_weights(sizes: ModelSizes, product: int, workers: int, bucket: int) -> Held:
+    """Stage 3. Its bucket and its part of the gradients are there for ever; masters are the parts
+    themselves where those are float32."""
+    share = -(-sizes.trained // workers)
+    return Held(
+        parameters=product * -(-sizes.total // workers) + (0 if product == 4 else 4 * share),
         optimizer=8 * share,
-        gathered=gathered,
-        before=before,
-        between=between,
-        after=after,
-        begun=begun,
-        reduced=bucket,
+        gathered=product * (min(sizes.total, _MAX_LIVE) + min(sizes.total, _PREFETCH)) + bucket,
+        before=4 * share,
+        between=4 * share,
+        after=4 * share,
+        begun=0,
+        reduced=0,
         largest=product * _largest(sizes),
-        step=step,
+        step=4 * min(share, _SUB_GROUP),  # the flat gradient that the update reads
         saved=12 * share,
     )
-    return _offloaded(held, execution, masters, share, product) if device == "cuda" else held
+
+
+def _whole_weights(sizes: ModelSizes, product: int, share: int, bucket: int, second: bool) -> Held:
+    """Stages 1 and 2: weights whole, masters cut.
+
+    Stage 2 keeps its part of the gradients and copies each pass's part out of the bucket. Stage 1
+    reduces in the last pass alone, moving whole gradients into the bucket.
+    """
+    between = 4 * (share if second else sizes.trained)
+    reduced = bucket if second else max(0, bucket - product * sizes.trained)
+    return Held(
+        parameters=product * sizes.total + 4 * share,
+        optimizer=8 * share,
+        gathered=0,
+        before=0,
+        between=between,
+        after=between + product * share,
+        begun=reduced,
+        reduced=reduced,
+        largest=product * _largest(sizes),
+        step=4 * share,  # the flat gradient that the update reads
+        saved=12 * share,
+    )
+
+
+def _bfloat16_stage_1(sizes: ModelSizes, share: int) -> Held:
+    """DeepSpeed's BF16_Optimizer: float32 gradients of all weights for ever, a pass's own beside."""
+    return Held(
+        parameters=2 * sizes.total + 4 * share,
+        optimizer=8 * share,
+        gathered=0,
+        before=4 * sizes.trained,
+        between=4 * sizes.trained,
+        after=6 * sizes.trained,
+        begun=0,
+        reduced=0,
+        largest=2 * _largest(sizes),
+        step=0,
+        saved=12 * share,
+    )
 
 
 def _offloaded(held: Held, execution: Execution, masters: int, share: int, product: int) -> Held:

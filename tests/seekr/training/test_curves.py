@@ -123,6 +123,9 @@ def test_compiled_layers_give_the_same_curve(
 
 
 def test_the_training_learns(references: dict[bool, list[dict[str, float]]]) -> None:
+    epoch = STEPS // 5
     for steps in references.values():
-        assert steps[-1]["loss"] < 0.95 * steps[0]["loss"]
-        assert 10 * steps[0]["attention"] > 0.5 and steps[0]["logits"] > 0.003
+        losses = [step["loss"] for step in steps]
+        assert sum(losses[-epoch:]) < sum(losses[:epoch])
+        assert steps[0]["attention"] > 0.1 and steps[0]["logits"] > 0.003
+    assert references[False][-1]["loss"] < 0.8 * references[False][0]["loss"]
