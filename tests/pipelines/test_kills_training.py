@@ -176,20 +176,12 @@ def status(path: Path, storage: Path) -> dict[str, str]:
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head and a node of one core each, that notice within seconds when one of them is gone."""
+    """A head and a node of one core each."""
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     before = os.environ.get("RAY_TMPDIR")
     os.environ["RAY_TMPDIR"] = folder  # where nobody else looks for a cluster
-    quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
-    started = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 1,
-            "include_dashboard": True,
-            "dashboard_port": 0,
-            "_system_config": quick,
-        },
-    )
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0}
+    started = Cluster(initialize_head=True, head_node_args=head)
     started.add_node(num_cpus=1)
     yield started
     started.shutdown()
