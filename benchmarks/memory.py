@@ -234,42 +234,30 @@ def predicted(case: Case, model: Path) -> MemoryEstimate:
 
 def measured(case: Case, model: Path) -> dict[str, int]:
     """Return bytes by phase, each the most of any worker."""
-    with socket.socket() as found, tempfile.TemporaryDirectory() as folder:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows"
         rows.write_bytes(pickle.dumps((case, training_rows(case))))
-        found.close()
         command = [sys.executable, "-m", "benchmarks.memory", "--worker", str(model), str(rows)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         workers = [
-            subprocess.Popen(
-                command,
-                env=os.environ | ENVIRONMENT | _ranks(rank, case.workers, port),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(case.workers)
+            subprocess.Popen(command, env=environment, **pipes)
+            for environment in _environments(case.workers)
         ]
         said = [worker.communicate() for worker in workers]
     for worker, (_, error) in zip(workers, said, strict=True):
         if worker.returncode:
             raise RuntimeError(f"{case.name}: {error[-3000:]}")
-    found_by_worker = [json.loads(text.strip().splitlines()[-1]) for text, _ in said]
-    return {
-        phase: max(of_worker[phase] for of_worker in found_by_worker)
-        for phase in found_by_worker[0]
-    }
+    found = [json.loads(text.strip().splitlines()[-1]) for text, _ in said]
+    return {phase: max(worker[phase] for worker in found) for phase in found[0]}
 
 
-def _ranks(rank: int, size: int, port: int) -> dict[str, str]:
-    return {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-    }
+def _environments(size: int) -> list[dict[str, str]]:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    common = os.environ | ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"WORLD_SIZE": str(size)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def train(model: Path, rows: Path) -> None:

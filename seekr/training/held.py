@@ -34,6 +34,7 @@ class Held:
         before: gradients while the first forward pass of a step runs. between: while a later one
             does. after: when a backward pass has come to its first layer.
         begun, reduced: buffers that gradients are averaged in, at backward's last layer and at its first.
+        apart: gradients outside of layers that stay whole until a pass ends.
         largest: gradients of one tensor on their way into the others: embedding or head.
         step: what the update adds to `between` or `after`.
         host: of the above, what offload keeps in host memory instead; beside the device's figures.
@@ -51,6 +52,7 @@ class Held:
     largest: int
     step: int
     saved: int
+    apart: int = 0
     host: int = 0
 
 
@@ -124,6 +126,7 @@ def _fsdp(
         after=4 * share,
         begun=reduced,
         reduced=reduced,
+        apart=0 if sizes.adapted else numbers.product * sizes.head,
         # The root's gradients are reduced last and all at once.
         largest=(numbers.product + 4) * sizes.trained_root,
         step=0,

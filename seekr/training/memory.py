@@ -195,18 +195,20 @@ def _of_pass(step: _Step, kind: Pass, later: bool, several: bool) -> dict[str, P
     again = layer if execution.activation_checkpointing else 0  # a layer that is computed again
     backward = layer_backward(sizes, numbers, kind)
     after = max(held.between, held.after) if several else held.after
-    fresh_head = 0 if sizes.adapted or later or held.before else numbers.product * sizes.head
+    head = held.apart  # the head's gradient, where it is not among the others
+    if not (head or later or held.before or sizes.adapted):
+        head = numbers.product * sizes.head
     return {
         "losses": replace(still, activations=kept + head_backward(sizes, numbers, kind)),
         "last layer": replace(
             still,
-            gradients=still.gradients + fresh_head,
+            gradients=still.gradients + head,
             gathered=held.gathered + held.begun,
             activations=kept + again + backward,
         ),
         "first layer": replace(
             still,
-            gradients=max(after, still.gradients),
+            gradients=max(after, still.gradients) + held.apart,
             gathered=held.gathered + held.reduced,
             activations=layer + backward,
         ),

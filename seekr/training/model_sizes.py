@@ -8,12 +8,14 @@ of a training's memory (`memory`, `activations`) starts from these numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from seekr.answers import has_plain_head
 from seekr.models import model_shape
-from seekr.training.build import Origin, decoder_layers, empty_model, is_adapter
+from seekr.training.build import Origin, empty_model, is_adapter
 from seekr.training.settings import Lora, Recipe
 
 # Linear layers that read one tensor, and the one at which an adapter or a gradient keeps it.
@@ -32,7 +34,7 @@ class ModelSizes:
         width: of the hidden states. inner: of the MLP.
         layer: numbers of one decoder layer's own weights, without adapters.
         root: of everything that is in no layer: embedding, head, last norm.
-        head: of the output layer's weight. tied: whether it is the embedding's.
+        head: of the output layer's weight, and of the embedding's. tied: whether they are one.
         linear: of the matrices in all layers, which autocast makes copies of.
         trained, frozen: all numbers that are updated, and those that are not.
         adapters: trained numbers that belong to adapters.
@@ -104,13 +106,14 @@ def read_sizes(origin: Origin, recipe: Recipe) -> ModelSizes:
 def sizes_of(model: PreTrainedModel, lora: Lora | None) -> ModelSizes:
     """Return the sizes of a model, on any device."""
     shape, text = model_shape(model.config), model.config.get_text_config()
-    layers = decoder_layers(model)
+    layers = _layers(model, shape.num_layers)
     named = list(model.named_parameters())
     own = sum(p.numel() for name, p in named if not is_adapter(name))
     in_layers = [(n, p) for layer in layers for n, p in layer.named_parameters()]
     in_layers = [(name, p) for name, p in in_layers if not is_adapter(name)]
     in_layer = sum(p.numel() for _, p in in_layers)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
     trained = sum(p.numel() for _, p in named if p.requires_grad)
     return ModelSizes(
         layers=shape.num_layers,
@@ -120,10 +123,10 @@ def sizes_of(model: PreTrainedModel, lora: Lora | None) -> ModelSizes:
         width=text.hidden_size,
         inner=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocab=shape.vocab_size,
-        layer=in_layer // len(layers),
+        layer=in_layer // shape.num_layers,
         root=own - in_layer,
-        head=head.weight.numel(),  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
-        tied=head.weight is embedding.weight,  # pyright: ignore[reportOptionalMemberAccess]
+        head=embedding.weight.numel(),
+        tied=head is not None and head.weight is embedding.weight,
         linear=sum(p.numel() for _, p in in_layers if p.dim() == 2),
         trained=trained,
         frozen=own + _adapter_numbers(model) - trained,
@@ -133,6 +136,12 @@ def sizes_of(model: PreTrainedModel, lora: Lora | None) -> ModelSizes:
         targets=ALL_LINEAR if lora is None or lora.targets is None else lora.targets,
         plain_head=has_plain_head(model),
     )
+
+
+def _layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
+    """Return the decoder's layers, wherever a family keeps them."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return list(lists[0]) if lists else []
 
 
 def _adapter_numbers(model: PreTrainedModel) -> int:
