@@ -22,12 +22,18 @@ from pydantic_core import PydanticCustomError
 from pipelines.section import Section, execution
 from pipelines.train_config import TrainConfig
 from seekr.methods.derpp import DERpp
+from seekr.methods.ewc import EWC
+from seekr.methods.lwf import LwF
 from seekr.methods.mtl import MTL
+from seekr.methods.olora import OLoRA
+from seekr.methods.opr import OPR
 from seekr.methods.replay import Replay
 from seekr.methods.seekr import SEEKR
 from seekr.methods.seqft import SeqFT
 
-AnyMethod = Annotated[SeqFT | Replay | DERpp | SEEKR | MTL, Field(discriminator="name")]
+AnyMethod = Annotated[
+    SeqFT | Replay | DERpp | SEEKR | OPR | LwF | EWC | OLoRA | MTL, Field(discriminator="name")
+]
 Metric = Literal["exact_match", "accuracy", "rouge_l", "edit_similarity"]
 Name = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80, description="A plain name.")
@@ -117,6 +123,15 @@ class ReplayConfig(Section):
     """Number of rows kept per task, instead of a ratio."""
     batch_ratio: float = Field(default=1.0, gt=0)
     """Replayed rows per new row in every optimizer step, once there is something to replay."""
+    sampling: Literal["random", "surprise_before", "surprise_after"] = "random"
+    """Which rows are kept: drawn by hash, or those whose answers the model finds least likely before,
+    or after, it has learnt the task (SuRe)."""
+    answers: Literal["gold", "on_policy"] = "gold"
+    """`on_policy` replays the newest model's own answers to the kept prompts (OPR)."""
+    accept: float = Field(default=1.0, gt=0, le=1)
+    """Score by the task's metric from which an own answer is replayed."""
+    rejected: Literal["gold", "drop"] = "gold"
+    """What is replayed for a prompt without a good own answer: its gold answer, or nothing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -257,6 +272,30 @@ class StreamConfig(Section):
         raise ValidationError.from_exception_data(
             "teach", [{"type": cause, "loc": ("logits_kept",), "input": teach.logits_kept}]
         )
+
+    @model_validator(mode="after")
+    def _method_can_be_trained(self) -> StreamConfig:
+        method, train = self.method, self.train
+        if method.needs.task_logits and train.pack_tokens is not None:
+            raise ValueError(
+                f"train.pack_tokens is {train.pack_tokens} and method {method.name} distils on task "
+                "rows, whose targets are per sequence; null is needed"
+            )
+        if method.needs.penalty and train.strategy == "deepspeed":
+            raise ValueError(
+                f"train.strategy is deepspeed, which keeps gradients to itself, and method "
+                f"{method.name} adds to them; choose fsdp or ddp"
+            )
+        if method.needs.adapters and train.lora is None:
+            raise ValueError(
+                f"train.lora is null and method {method.name} is about adapters; set train.lora.rank"
+            )
+        if method.needs.fisher and train.lora is not None:
+            raise ValueError(
+                f"train.lora is set and method {method.name} holds the weights themselves, which "
+                "stay frozen under adapters; set train.lora to null"
+            )
+        return self
 
     def options(self, task: TaskConfig) -> DataConfig:
         """Return a task's options with the defaults filled in."""

@@ -14,13 +14,16 @@ from pipelines.config import StreamConfig, TaskConfig
 from pipelines.section import identity
 from pipelines.stage import Stage
 from pipelines.survey import Facts
+from seekr.methods.ewc import EWC, FISHER
 from seekr.methods.seekr import SEEKR
 
 # Raise a number when the same inputs would give another output than before.
 VERSIONS = {
     "ingest": 1,
     "sample": 1,
-    "train": 3,
+    "rollout": 1,
+    "train": 4,
+    "fisher": 1,
     "score": 2,
     "select": 1,
     "teach": 2,
@@ -38,6 +41,11 @@ def retaught(task: str, after: str) -> str:
 def before(task: str) -> str:
     """Name the evaluation of a task that is about to be learnt."""
     return f"{task}--before"
+
+
+def foretold(task: str, previous: str) -> str:
+    """Name the targets on a new task's rows by the model that has learnt the tasks before it."""
+    return f"{task}--by--{previous}"
 
 
 def build_graph(config: StreamConfig, facts: Facts) -> tuple[Stage, ...]:
@@ -67,9 +75,18 @@ class _Builder:
         self._ingest(task)
         if self._config.evaluate.forward_transfer and index > 0:
             self._evaluate_before(task, known[-2])
-        if needs.replay:
-            self._sample(task)
+        late = self._config.replay.sampling == "surprise_after"
+        if needs.replay and not late:
+            self._sample(task, known[:-1])
+        if needs.task_logits and index > 0:
+            self._foretell(task, known[-2])
         self._train(task, earlier=known[:-1])
+        if needs.replay and late:
+            self._sample(task, known)
+        if self._on_policy:
+            self._roll_out(known)
+        if needs.fisher:
+            self._fisher(task, earlier=known[:-1])
         if needs.heads:
             self._score(task, earlier=known[:-1])
             self._select(task, known)
@@ -83,7 +100,7 @@ class _Builder:
             self._ingest(task)
         names = [task.name for task in self._config.tasks]
         inputs = {f"data.{name}": self._latest["ingest", name] for name in names}
-        settings = self._training(self._config.train.epochs, replayed=False)
+        settings = self._training(self._config.train.epochs, earlier=False)
         self._add("train", ALL_TASKS, settings, inputs, {"model": self._facts.model_digest})
         self._evaluate(ALL_TASKS, names)
 
@@ -98,34 +115,87 @@ class _Builder:
         }
         self._add("ingest", task.name, settings, {}, sources)
 
-    def _sample(self, task: TaskConfig) -> None:
-        replay = self._config.replay
+    @property
+    def _on_policy(self) -> bool:
+        needs = self._method.needs
+        return needs.replay and (needs.on_policy or self._config.replay.answers == "on_policy")
+
+    def _sample(self, task: TaskConfig, learnt: list[str]) -> None:
+        replay, inputs = self._config.replay, {"data": self._latest["ingest", task.name]}
         settings = {"ratio": replay.ratio, "rows": replay.rows, "seed": self._config.seed}
-        self._add("sample", task.name, settings, {"data": self._latest["ingest", task.name]})
+        if replay.sampling == "random":
+            self._add("sample", task.name, settings, inputs)
+            return
+        settings |= {"sampling": "surprise", "dtype": self._config.model.dtype}
+        model = self._model("model", learnt)
+        sources = {} if model else {"model": self._facts.model_digest}
+        self._add("sample", task.name, settings, inputs | model, sources)
+
+    def _roll_out(self, known: list[str]) -> None:
+        """Let the newest model answer the kept prompts of all tasks, for the next task's replay."""
+        replay, newest = self._config.replay, known[-1]
+        tasks = self._decoding(known)["tasks"]
+        for name in known:
+            settings = {
+                **tasks[name],
+                "accept": replay.accept,
+                "rejected": replay.rejected,
+                "dtype": self._config.model.dtype,
+            }
+            inputs = {
+                "model": self._latest["train", newest],
+                "replay": self._latest["sample", name],
+            }
+            label = name if name == newest else retaught(name, newest)
+            self._latest["rollout", name] = self._add("rollout", label, settings, inputs)
+
+    def _kept(self, task: str) -> Stage:
+        """Return the stage whose rows of an earlier task are replayed."""
+        return self._latest["rollout" if self._on_policy else "sample", task]
 
     def _train(self, task: TaskConfig, earlier: list[str]) -> None:
         inputs = {f"data.{task.name}": self._latest["ingest", task.name]}
         replayed = self._method.needs.replay and bool(earlier)
         if replayed:
-            inputs |= {f"replay.{name}": self._latest["sample", name] for name in earlier}
+            inputs |= {f"replay.{name}": self._kept(name) for name in earlier}
             if self._method.needs.teacher:
                 inputs |= {f"targets.{name}": self._latest["teach", name] for name in earlier}
-        settings = self._training(task.epochs or self._config.train.epochs, replayed)
+        if self._method.needs.task_logits and earlier:
+            inputs[f"task_targets.{task.name}"] = self._latest["teach", task.name]
+        if self._method.needs.fisher and earlier:
+            inputs[f"past.{FISHER}"] = self._latest["fisher", earlier[-1]]
+        if self._method.needs.adapters:
+            inputs |= {f"past.{name}": self._latest["train", name] for name in earlier}
+        settings = self._training(task.epochs or self._config.train.epochs, bool(earlier))
         self._add("train", task.name, settings, inputs | self._model("model", earlier))
 
-    def _training(self, epochs: int, replayed: bool) -> dict[str, Any]:
-        method = self._method.loss_settings() if replayed else self._method.first_task_settings()
+    def _training(self, epochs: int, earlier: bool) -> dict[str, Any]:
+        needs = self._method.needs
+        another = needs.earlier and earlier
+        method = self._method.loss_settings() if another else self._method.first_task_settings()
         settings = identity(self._config.train) | {
             "epochs": epochs,
             "seed": self._config.seed,
             "dtype": self._config.model.dtype,
             "method": method,
         }
+        replayed = needs.replay and earlier
         return settings | ({"batch_ratio": self._config.replay.batch_ratio} if replayed else {})
 
     def _model(self, name: str, learnt: list[str]) -> dict[str, Stage]:
         """Return the input that is the model after the tasks learnt, nothing for the base."""
         return {name: self._latest["train", learnt[-1]]} if learnt else {}
+
+    def _fisher(self, task: TaskConfig, earlier: list[str]) -> None:
+        assert isinstance(self._method, EWC)
+        inputs = {
+            "after": self._latest["train", task.name],
+            "data": self._latest["ingest", task.name],
+        }
+        if earlier:
+            inputs["earlier"] = self._latest["fisher", earlier[-1]]
+        settings = {"rows": self._method.fisher_rows, "seed": self._config.seed}
+        self._add("fisher", task.name, settings, inputs)
 
     def _score(self, task: TaskConfig, earlier: list[str]) -> None:
         assert isinstance(self._method, SEEKR)
@@ -154,19 +224,12 @@ class _Builder:
     def _teach(self, known: list[str]) -> None:
         """Write targets of the newest task, and of earlier ones if their heads are chosen anew."""
         method, newest = self._method, known[-1]
-        again = isinstance(method, SEEKR) and method.scope == "global"
-        settings = {
-            "logits": method.needs.logits,
-            "logit_shift": getattr(method, "logit_shift", True),
-            "bits": self._config.teach.bits,
-            **self._precision(),
-        }
-        if method.needs.logits:
-            settings["logits_kept"] = self._config.teach.logits_kept
+        again = self._on_policy or (isinstance(method, SEEKR) and method.scope == "global")
+        settings = self._teaching(method.needs.logits)
         for name in known if again else [newest]:
             inputs = {
                 "teacher": self._latest["train", name],
-                "replay": self._latest["sample", name],
+                "replay": self._kept(name),
             }
             if isinstance(method, SEEKR):
                 settings["query_budget"] = method.query_budget
@@ -174,6 +237,24 @@ class _Builder:
                 inputs["heads"] = self._latest["select", newest]
             label = name if name == newest else retaught(name, newest)
             self._latest["teach", name] = self._add("teach", label, settings, inputs)
+
+    def _foretell(self, task: TaskConfig, previous: str) -> None:
+        """Write targets on a new task's rows, by the model that will start to learn it."""
+        inputs = {
+            "teacher": self._latest["train", previous],
+            "data": self._latest["ingest", task.name],
+        }
+        label, settings = foretold(task.name, previous), self._teaching(logits=True)
+        self._latest["teach", task.name] = self._add("teach", label, settings, inputs)
+
+    def _teaching(self, logits: bool) -> dict[str, Any]:
+        settings = {
+            "logits": logits,
+            "logit_shift": getattr(self._method, "logit_shift", True),
+            "bits": self._config.teach.bits,
+            **self._precision(),
+        }
+        return settings | ({"logits_kept": self._config.teach.logits_kept} if logits else {})
 
     def _precision(self) -> dict[str, Any]:
         return {"seed": self._config.seed, "dtype": self._config.model.dtype}

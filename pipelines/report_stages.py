@@ -19,9 +19,10 @@ from pipelines.results import History, StreamView
 from pipelines.svg import NUM_COLOURS, Frame
 
 STAGE_COLOURS = {
-    "ingest": 9, "sample": 6, "train": 0, "score": 4, "select": 8, "teach": 2, "evaluate": 1,
+    "ingest": 9, "sample": 6, "rollout": 5, "train": 0, "fisher": 3, "score": 4, "select": 8,
+    "teach": 2, "evaluate": 1,
 }  # fmt: skip
-PART_COLOURS = {"loss": 0, "task": 1, "replay": 2, "logits": 3, "attention": 4}
+PART_COLOURS = {"loss": 0, "task": 1, "replay": 2, "logits": 3, "attention": 4, "penalty": 5}
 NOT_PARTS = frozenset({"step", "epoch", "learning_rate", "grad_norm", "tokens", "seconds"})
 DASH = "\N{EN DASH}"
 

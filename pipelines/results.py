@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipelines.config import StreamConfig
 
 AFTER = "--after--"  # as in pipelines.graph.retaught
+BY = "--by--"  # as in pipelines.graph.foretold
 BEFORE = "--before"  # as in pipelines.graph.before
 ALL_TASKS = "all"
 State = Literal["ran", "reused"]
@@ -56,7 +57,7 @@ class StageResult:
     @property
     def learnt(self) -> str:
         """The task whose arrival made this stage necessary, for sums per task."""
-        return self.task.split(AFTER)[-1].removesuffix(BEFORE)
+        return self.task.split(AFTER)[-1].split(BY)[0].removesuffix(BEFORE)
 
     def read_json(self, path: str) -> Any:
         """The content of a JSON output, or None when the record does not list the file."""

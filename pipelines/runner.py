@@ -19,11 +19,13 @@ import ray.exceptions
 
 from pipelines.config import StreamConfig
 from pipelines.evaluate import evaluate
+from pipelines.fisher import fisher
 from pipelines.ingest import ingest
 from pipelines.interrupts import Interrupts
 from pipelines.lease import abandon_all, release_all
 from pipelines.monitor import Reporter
 from pipelines.provenance import Provenance
+from pipelines.rollout import rollout
 from pipelines.sample import sample
 from pipelines.score import score
 from pipelines.select import select
@@ -46,7 +48,9 @@ StageFunction = Callable[[Workspace, StreamConfig, str, Reporter], StageOutcome]
 COMPUTE: dict[str, StageFunction] = {
     "ingest": ingest,
     "sample": sample,
+    "rollout": rollout,
     "train": train,
+    "fisher": fisher,
     "score": score,
     "select": select,
     "teach": teach,

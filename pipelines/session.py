@@ -81,7 +81,10 @@ def _connect(configs: Sequence[StreamConfig]) -> None:
 
 def _check_resources(config: StreamConfig) -> None:
     total, train, needs = ray.cluster_resources(), config.train, config.method.needs
-    pools = [config.evaluate, *[config.score] * needs.heads, *[config.teach] * needs.teacher]
+    pools = [config.evaluate]
+    pools += [config.score] * (needs.heads or needs.fisher)
+    surprised = needs.replay and config.replay.sampling != "random"
+    pools += [config.teach] * (needs.teacher or needs.task_logits or surprised)
     wanted = {
         # A pool's actors keep their cores while a task brings them rows.
         "CPU": max(

@@ -1,8 +1,9 @@
 """Teach: the model that has just learnt a task writes what its students will need.
 
-Per replay row one binary value: the likeliest tokens at answer positions, and the largest entries of
-the attention rows of the selected heads at the sampled query positions. Rows and targets are joined
-by row id later, never by position.
+Per row one binary value: the likeliest tokens at answer positions, and the largest entries of the
+attention rows of the selected heads at the sampled query positions. The rows are a task's replay set,
+or, for a method that asks the previous model, all rows of the task that comes next. Rows and targets
+are joined by row id later, never by position.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from pipelines.config import PoolConfig, StreamConfig
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
-from pipelines.rowsets import REPLAY, load_rows_table, rows_of, write_rows
+from pipelines.rowsets import (
+    REPLAY,
+    TRAIN,
+    kind_folder,
+    load_rows_table,
+    rows_of,
+    write_rows,
+)
 from pipelines.select import read_selection
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
@@ -30,7 +38,10 @@ TARGET_SCHEMA = pa.schema([("row_id", pa.string()), ("target", pa.large_binary()
 
 def teach(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
     """Run the stage; writes targets/."""
-    table = load_rows_table(workspace.inputs["replay"], REPLAY)
+    if (data := workspace.inputs.get("data")) is not None:
+        table = load_rows_table(data, kind_folder(TRAIN))
+    else:
+        table = load_rows_table(workspace.inputs["replay"], REPLAY)
     report.post(force=True, rows_done=0, rows=table.num_rows)
     heads = workspace.inputs.get("heads")
     arguments = {

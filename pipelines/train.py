@@ -42,6 +42,7 @@ def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
     spec = TrainSpec(
         store=workspace.store,
         key=workspace.key,
+        task=task,
         settings=dict(workspace.config),
         execution=execution,
         method=config.method,
@@ -49,6 +50,8 @@ def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
         data=_by_task(workspace, "data"),
         replay=_by_task(workspace, "replay"),
         targets=_by_task(workspace, "targets"),
+        task_targets=_by_task(workspace, "task_targets"),
+        past=_by_task(workspace, "past"),
         report=report.named("rank-0"),
         attempt=workspace.attempt,
     )

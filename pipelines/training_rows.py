@@ -1,7 +1,7 @@
 """The rows of a training out of its artifacts.
 
-Rows are read from Parquet once per worker, and a replay row is joined to its encoded target by task
-and row id. What a worker does with them is `seekr.training.microbatches`.
+Rows are read from Parquet once per worker, and a row is joined to its encoded target, if it has one, by
+task and row id. What a worker does with them is `seekr.training.microbatches`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from seekr.training.microbatches import TrainingRows
 
 
 def load_training_rows(
-    data: Mapping[str, Artifact], replay: Mapping[str, Artifact], targets: Mapping[str, Artifact]
+    data: Mapping[str, Artifact],
+    replay: Mapping[str, Artifact],
+    targets: Mapping[str, Artifact],
+    task_targets: Mapping[str, Artifact],
 ) -> TrainingRows:
     """Read the artifacts, each by task name.
 
     Raises:
-        StoreError: a replay row has no target although its task has targets.
+        StoreError: a row has no target although its task has targets.
     """
     task, task_ids = _load(data, kind_folder(TRAIN))
     replayed, replay_ids = _load(replay, REPLAY)
@@ -32,6 +35,7 @@ def load_training_rows(
         replay=replayed,
         replay_ids=replay_ids,
         targets=_join(replay_ids, targets) if targets else None,
+        task_targets=_join(task_ids, task_targets) if task_targets else None,
     )
 
 
@@ -56,7 +60,7 @@ def _join(ids: Sequence[str], targets: Mapping[str, Artifact]) -> list[bytes]:
     missing = [row_id for row_id in ids if row_id not in found]
     if missing:
         raise StoreError(
-            f"{len(missing)} of {len(ids)} replay rows have no teacher target, the first is "
+            f"{len(missing)} of {len(ids)} rows have no teacher target, the first is "
             f"{missing[0]}; every one needs one: remove the teach stage's folder and run again"
         )
     return [found[row_id] for row_id in ids]

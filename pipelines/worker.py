@@ -32,12 +32,14 @@ from pipelines.train_config import TrainConfig, training_execution
 from pipelines.training_rows import load_training_rows
 from pipelines.transfer import OutputFile
 from seekr.methods import Method
+from seekr.methods.penalty import Past
 from seekr.models import load_tokenizer
 from seekr.prompts import pad_id_of
 from seekr.training.build import Origin, file_name
 from seekr.training.checkpoint import check_masters, load_checkpoint
 from seekr.training.export import export_adapters, export_model
 from seekr.training.loop import Training, Workers
+from seekr.training.past import kept_numbers, learnt_adapters
 from seekr.training.ranges import check_equal
 from seekr.training.settings import Recipe
 from seekr.training.strategy import create_strategy
@@ -53,14 +55,18 @@ class TrainSpec:
 
     Attributes:
         store, key: the stage's folder, where the model is exported to.
+        task: what is learnt.
         settings: the stage's identity fields.
         execution: workers, micro-batch size and the like.
-        data, replay, targets: artifacts by task name.
+        data, replay, targets, task_targets: artifacts by task name.
+        past: of what a penalty on the weights is made from: adapters by task name, or the newest
+            Fisher information.
         attempt: the stage's.
     """
 
     store: Store
     key: str
+    task: str
     settings: Mapping[str, Any]
     execution: TrainConfig
     method: Method
@@ -68,6 +74,8 @@ class TrainSpec:
     data: Mapping[str, Artifact]
     replay: Mapping[str, Artifact]
     targets: Mapping[str, Artifact]
+    task_targets: Mapping[str, Artifact]
+    past: Mapping[str, Artifact]
     report: Reporter
     attempt: int
 
@@ -91,6 +99,12 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any] | None:
         raise
 
 
+def _past(spec: TrainSpec) -> Past:
+    if spec.method.needs.fisher:
+        return {kind: kept_numbers(artifact.local(kind)) for kind, artifact in spec.past.items()}
+    return {task: learnt_adapters(artifact.local(ADAPTER)) for task, artifact in spec.past.items()}
+
+
 class _Worker:
     def __init__(self, spec: TrainSpec, place: out_of_memory.Place) -> None:
         context = ray.train.get_context()
@@ -106,18 +120,19 @@ class _Worker:
         self._tokenizer = load_tokenizer(
             self._origin.folder, trust_remote_code=source.trust_remote_code
         )
-        self._recipe = Recipe.of(spec.settings)
+        self._recipe = Recipe.of(spec.settings, spec.task)
         execution = training_execution(spec.execution)
         self._strategy = create_strategy(self._origin, self._recipe, execution, device)
         self._training = Training(
             self._recipe,
             execution,
             spec.method,
-            load_training_rows(spec.data, spec.replay, spec.targets),
+            load_training_rows(spec.data, spec.replay, spec.targets, spec.task_targets),
             self._strategy,
             device,
             pad_id_of(self._tokenizer),
             self._workers,
+            spec.method.penalty(_past(spec)),
         )
         self._blocks = self._strategy.blocks()
         self._meter = Meter(self._training, device, self._workers.world_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Context, Decimal
 from fractions import Fraction
 
@@ -82,6 +82,27 @@ def draw(row_ids: Sequence[str], size: int, seed: int) -> list[str]:
             f"with repetitions); 1..{len(distinct)} is allowed: lower the replay size"
         )
     ranked = sorted(distinct, key=lambda row_id: (priority(seed, row_id), row_id))
+    return sorted(ranked[:size])
+
+
+def most_surprising(surprise: Mapping[str, float], size: int) -> list[str]:
+    """Return the `size` row ids with the largest surprise, sorted by row id; ties by row id.
+
+    Raises:
+        DataError: there are fewer than `size` rows, or one's surprise is no number.
+    """
+    if not 1 <= size <= len(surprise):
+        raise DataError(
+            f"cannot keep {size} replay rows of {len(surprise)} different ones; 1..{len(surprise)} is "
+            "allowed: lower the replay size"
+        )
+    broken = sorted(row_id for row_id, value in surprise.items() if not math.isfinite(value))
+    if broken:
+        raise DataError(
+            f"{len(broken)} rows have a surprise that is no number, the first is {broken[0]}; the "
+            "model gives their answers no likelihood: look at the model, or use sampling random"
+        )
+    ranked = sorted(surprise, key=lambda row_id: (-surprise[row_id], row_id))
     return sorted(ranked[:size])
 
 

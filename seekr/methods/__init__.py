@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from seekr.methods.contract import Method, Needs, Outputs, Term, Terms
 from seekr.methods.derpp import DERpp
+from seekr.methods.ewc import EWC
+from seekr.methods.lwf import LwF
 from seekr.methods.mtl import MTL
+from seekr.methods.olora import OLoRA
+from seekr.methods.opr import OPR
 from seekr.methods.replay import Replay
 from seekr.methods.seekr import SEEKR
 from seekr.methods.seqft import SeqFT
@@ -14,16 +18,24 @@ METHODS: dict[str, type[Method]] = {
     "mtl": MTL,
     "replay": Replay,
     "derpp": DERpp,
+    "lwf": LwF,
+    "ewc": EWC,
+    "olora": OLoRA,
+    "opr": OPR,
     "seekr": SEEKR,
 }
 
 __all__ = [
+    "EWC",
     "METHODS",
     "MTL",
+    "OPR",
     "SEEKR",
     "DERpp",
+    "LwF",
     "Method",
     "Needs",
+    "OLoRA",
     "Outputs",
     "Replay",
     "SeqFT",

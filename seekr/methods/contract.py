@@ -19,6 +19,7 @@ from seekr.batch_targets import BatchTargets
 from seekr.collation import Batch
 from seekr.distillation import DistillationProbe
 from seekr.losses import AnswerNLL
+from seekr.methods.penalty import Past, Penalty
 
 # What a term's total is divided by: a count over the whole optimizer step, on all workers.
 Unit = Literal["task_tokens", "replay_tokens", "replay_rows"]
@@ -28,19 +29,37 @@ Unit = Literal["task_tokens", "replay_tokens", "replay_rows"]
 class Needs:
     """What the graph must provide before a method can train on a task.
 
-    replay: rows of earlier tasks. logits: the teacher's answer logits on them. heads: the scored
-    and selected attention heads, and the teacher's rows of them. all_tasks: no stream at all, but
-    one training on every task's rows at once.
+    replay: rows of earlier tasks. on_policy: with the newest model's own answers. logits: the
+    teacher's answer logits on them. heads: the scored and selected attention heads, and the
+    teacher's rows of them. task_logits: the previous model's answer logits on the new task's own
+    rows. fisher: the Fisher information of earlier tasks. adapters: those that earlier tasks have
+    learnt; the stream trains adapters. all_tasks: no stream at all, but one training on every task's
+    rows at once.
     """
 
     replay: bool = False
+    on_policy: bool = False
     logits: bool = False
     heads: bool = False
+    task_logits: bool = False
+    fisher: bool = False
+    adapters: bool = False
     all_tasks: bool = False
 
     @property
     def teacher(self) -> bool:
+        """Whether replayed rows have targets."""
         return self.logits or self.heads
+
+    @property
+    def earlier(self) -> bool:
+        """Whether a training with earlier tasks differs from one without."""
+        return self.replay or self.task_logits or self.penalty
+
+    @property
+    def penalty(self) -> bool:
+        """Whether a loss on the weights is added, for which workers must hold their gradients."""
+        return self.fisher or self.adapters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +67,9 @@ class Outputs:
     """One micro-batch after the forward pass: what losses are made from.
 
     `answers` gives sums of losses on logits, from whole logits or in chunks: a method cannot tell.
-    `targets` is set on replay rows when the method needs a teacher; `attention_kl[layer]` is [B, S,
-    Q], the divergence of the student's attention on the heads and query rows that the targets name.
+    `targets` is set on replay rows when the method needs a teacher, and on task rows when it needs
+    the previous model's logits and there is such a model; `attention_kl[layer]` is [B, S, Q], the
+    divergence of the student's attention on the heads and query rows that the targets name.
     """
 
     answers: Answers
@@ -100,6 +120,14 @@ class Method(BaseModel):
 
     def distillation(self, targets: BatchTargets) -> DistillationProbe | None:
         """Return the probe to run a replay micro-batch under; None for methods without heads."""
+        return None
+
+    def penalty(self, past: Past) -> Penalty | None:
+        """Return the loss on the weights that earlier tasks ask for; None without one.
+
+        Args:
+            past: What their stages have left, empty for the first task.
+        """
         return None
 
     def loss_settings(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Parameters begin on the meta device, so that sharding can be laid out before any number exists; then
 each worker reads the ranges it holds. No process holds a whole large model on the way in. Adapters are
-no part of the files: they start from a draw that depends on the seed and their name alone.
+no part of the files: they start from a draw that depends on the seed, the task and their name alone.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def origin_source(origin: Origin, model: PreTrainedModel, recipe: Recipe) -> Sou
             trust_remote_code=origin.trust_remote_code,
         )
         files = MemorySource(whole.state_dict())
-    return _WithAdapters(files, dict(_adapters(model)), recipe.seed)
+    return _WithAdapters(files, dict(_adapters(model)), f"{recipe.seed}/{recipe.task}")
 
 
 def fill(model: PreTrainedModel, source: Source) -> None:
@@ -201,7 +201,7 @@ class _WithAdapters:
 
     files: Source
     shapes: dict[str, torch.Size]
-    seed: int
+    draw: str
 
     def read(self, name: str, start: int, length: int) -> Tensor:
         if name not in self.shapes:
@@ -209,7 +209,7 @@ class _WithAdapters:
         shape = self.shapes[name]
         if ".lora_B." in name:
             return torch.zeros(length)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.draw}/{name}".encode()))
         bound = 1.0 / math.sqrt(shape[1])  # of kaiming_uniform with a = sqrt(5), as peft has it
         values = torch.rand(shape, generator=generator) * (2 * bound) - bound
         return values.view(-1)[start : start + length]

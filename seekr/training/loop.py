@@ -25,6 +25,7 @@ from seekr.attention import probing
 from seekr.batches import BatchPlan
 from seekr.forward import check_packable
 from seekr.methods import Method, Outputs, Terms
+from seekr.methods.penalty import Penalty
 from seekr.training.flops import training_flops
 from seekr.training.microbatches import MicroBatch, TrainingRows
 from seekr.training.schedule import learning_rate
@@ -59,6 +60,7 @@ class Training:
         device: torch.device,
         pad_id: int,
         workers: Workers,
+        penalty: Penalty | None = None,
     ) -> None:
         self.strategy = strategy
         self.shape: tuple[int, int] | None = None
@@ -72,7 +74,7 @@ class Training:
         )
         self._recipe, self._execution, self._method = recipe, execution, method
         self._rows, self._device, self._pad_id = rows, device, pad_id
-        self._workers = workers
+        self._workers, self._penalty = workers, penalty
         self._plain_head = has_plain_head(strategy.model)
         if execution.pack_tokens is not None:
             check_packable(strategy.module)
@@ -136,11 +138,24 @@ class Training:
                 value = (term.total.detach() / counts[term.per]) * float(micro_batch.counts)
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
                 sums["loss"] = sums.get("loss", torch.zeros_like(value)) + term.weight * value
+        self._add_penalty(sums)
         rate = learning_rate(self._recipe, index, self.num_steps)
         norm = self.strategy.step(rate, self._recipe.max_grad_norm)
         entry = {"step": index, "epoch": rows.epoch, "learning_rate": rate}
         entry |= self._totals(sums, wishes) | {"grad_norm": norm, "tokens": counts["tokens"]}
         return entry | {"seconds": round(time.monotonic() - started, 6)}
+
+    def _add_penalty(self, sums: dict[str, Tensor]) -> None:
+        """Add the gradient of the loss on weights, and this worker's part of its value."""
+        if self._penalty is None:
+            return
+        value = torch.zeros((), device=self._device)
+        for shard in self.strategy.shards():
+            own = self._penalty.add(shard)
+            if shard.counts:
+                value += own.to(value)
+        sums["penalty"] = value
+        sums["loss"] = sums["loss"] + self._penalty.weight * value
 
     def _pass(self, micro_batch: MicroBatch, counts: Mapping[str, int]) -> Terms:
         """Forward and backward on one micro-batch; returns its loss terms."""

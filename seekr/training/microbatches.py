@@ -6,7 +6,7 @@ sequences without padding. Which rows a step has never depends on workers, micro
 all workers make the same number of passes: where one has no row left, it repeats one that counts for
 nothing.
 
-A replay row has its encoded target beside it; it is decoded when its batch is formed.
+A row that is distilled has its encoded target beside it; it is decoded when its batch is formed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MicroBatch:
 class TrainingRows:
     """Task rows and replay rows; ids are `task/row_id`, so two tasks may share a row.
 
-    `targets` are encoded, one per replay row, or None.
+    `targets` are encoded, one per replay row, or None; `task_targets` one per task row.
     """
 
     task: Sequence[TokenizedRow]
@@ -64,6 +64,7 @@ class TrainingRows:
     replay: Sequence[TokenizedRow]
     replay_ids: Sequence[str]
     targets: Sequence[bytes] | None
+    task_targets: Sequence[bytes] | None = None
 
     def counts(self, rows: StepRows) -> dict[str, int]:
         """Return what loss terms are divided by, over all workers, and the tokens processed."""
@@ -105,9 +106,10 @@ class TrainingRows:
         ]
 
     def _task_pass(self, own: Indices, rows: Indices, packed: bool) -> MicroBatch:
+        chosen, targets = _or_shortest(own, rows), self.task_targets
         return MicroBatch(
-            rows=[self.task[index] for index in _or_shortest(own, rows)],
-            targets=None,
+            rows=[self.task[index] for index in chosen],
+            targets=None if targets is None else [targets[index] for index in chosen],
             replay=False,
             counts=len(own) > 0,
             packed=packed,

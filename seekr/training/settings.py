@@ -43,6 +43,8 @@ class Recipe:
         batch_ratio: Replayed rows per task row.
         dtype: Of the forward pass and of frozen weights; what is trained has float32 masters.
         seed: Of row order, dropout and adapters' start.
+        task: What is learnt. Adapters start from a draw of its own: those of two tasks that began
+            equal would not be independent.
     """
 
     epochs: int
@@ -59,11 +61,13 @@ class Recipe:
     batch_ratio: float = 1.0
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    task: str = ""
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Recipe:
+    def of(cls, settings: Mapping[str, Any], task: str = "") -> Recipe:
         """Read it from a stage's settings, plain JSON values, of which the others are not ours."""
         values = {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
+        values["task"] = task
         values["dtype"] = DTYPES[settings.get("dtype", "float32")]
         if (lora := values.get("lora")) is not None:
             targets = lora.get("targets")

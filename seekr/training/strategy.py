@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from seekr.methods.penalty import Shard
 from seekr.training.build import (
     Origin,
     decoder_layers,
@@ -27,7 +28,7 @@ from seekr.training.build import (
     origin_source,
 )
 from seekr.training.optimizers import check_optimizer, create_optimizer, prepare_state, set_rate
-from seekr.training.ranges import Block, Source, range_of
+from seekr.training.ranges import Block, Source, flat, range_of
 from seekr.training.settings import Execution, Recipe
 
 
@@ -51,6 +52,14 @@ class Strategy(Protocol):
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients."""
+        ...
+
+    def shards(self) -> list[Shard]:
+        """Return what this worker holds of the trained tensors, with their gradients so far.
+
+        Raises:
+            ConfigError: gradients do not lie here in a form that can be added to.
+        """
         ...
 
     def step(self, rate: float, max_norm: float) -> float:
@@ -97,6 +106,23 @@ class Plain:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def shards(self) -> list[Shard]:
+        trained = self._trained()
+        for parameter in trained.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [
+            Shard(
+                name=block.name,
+                shape=block.shape,
+                start=block.start,
+                values=block.part(block.master),
+                gradient=flat(_gradient(trained[block.name])),
+                counts=block.writer,
+            )
+            for block in self.blocks()
+        ]
 
     def step(self, rate: float, max_norm: float) -> float:
         norm = self._clip(max_norm)
@@ -159,6 +185,11 @@ class Ddp(Plain):
 
     def _synchronised(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self._wrapped.no_sync()
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def prepare_model(origin: Origin, recipe: Recipe, execution: Execution) -> PreTrainedModel:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from seekr.errors import ConfigError
+from seekr.methods.penalty import Shard
 from seekr.training.build import (
     Origin,
     file_name,
@@ -108,6 +109,12 @@ class Zero:
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
+
+    def shards(self) -> list[Shard]:
+        raise ConfigError(
+            "train.strategy is deepspeed, which keeps gradients to itself, and the method adds to "
+            "them; ddp and fsdp are allowed: choose fsdp"
+        )
 
     def step(self, rate: float, max_norm: float) -> float:
         set_rate(self.optimizer, rate)

@@ -256,6 +256,29 @@ def a_field_of_another_method(values: Values, folder: Path) -> None:
     values["method"] = {"name": "replay", "head_budget": 2}
 
 
+@case("train.lora is null", "olora", "set train.lora.rank")
+def adapters_kept_apart_without_adapters(values: Values, folder: Path) -> None:
+    values["method"] = {"name": "olora"}
+
+
+@case("train.lora is set", "ewc", "train.lora to null")
+def weights_held_that_are_frozen_anyway(values: Values, folder: Path) -> None:
+    values["method"] = {"name": "ewc"}
+    values["train"]["lora"] = {"rank": 2}
+
+
+@case("train.strategy is deepspeed", "ewc", "choose fsdp or ddp")
+def a_penalty_where_gradients_are_out_of_reach(values: Values, folder: Path) -> None:
+    values["method"] = {"name": "ewc"}
+    values["train"]["strategy"] = "deepspeed"
+
+
+@case("train.pack_tokens is 64", "lwf", "null is needed")
+def packed_rows_that_have_targets(values: Values, folder: Path) -> None:
+    values["method"] = {"name": "lwf"}
+    values["train"]["pack_tokens"] = 64
+
+
 @case("data.columns.inptu: unknown field; did you mean 'input'?", "output")
 def a_misspelt_field_far_down(values: Values, folder: Path) -> None:
     values["data"]["columns"] = {"inptu": "question"}

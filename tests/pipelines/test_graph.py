@@ -21,6 +21,8 @@ FIRST, SECOND, THIRD = list(RULES)[:3]
 SEEKR = "method={name: seekr, layer_budget: 1, head_budget: 2}"
 METHODS = {
     "seqft": "method={name: seqft}",
+    "lwf": "method={name: lwf}",
+    "ewc": "method={name: ewc}",
     "replay": "method={name: replay}",
     "derpp": "method={name: derpp}",
     "seekr": SEEKR,
@@ -259,6 +261,89 @@ def test_each_method_has_the_stages_it_needs_and_no_others(draw: Draw) -> None:
         "derpp": always | {"sample", "teach"},
         "seekr": always | {"sample", "teach", "score", "select"},
         "frozen": always | {"sample", "teach", "score", "select"},
+        "lwf": always | {"teach"},
+        "ewc": always | {"fisher"},
+    }
+
+
+def test_lwf_asks_the_model_before_about_the_new_tasks_own_rows(draw: Draw) -> None:
+    graph = draw(METHODS["lwf"])
+    label = f"teach/{SECOND}--by--{FIRST}"
+    taught = graph[label]
+    assert dict(taught.inputs) == {
+        "teacher": graph[f"train/{FIRST}"],
+        "data": graph[f"ingest/{SECOND}"],
+    }
+    inputs = graph[f"train/{SECOND}"].inputs
+    assert inputs[f"task_targets.{SECOND}"] == taught
+    assert not any(name.startswith("replay.") for name in inputs)
+    assert sorted(name for name in graph if name.startswith("teach/")) == sorted(
+        [label, f"teach/{THIRD}--by--{SECOND}"]
+    )
+
+
+def test_ewc_hands_the_fisher_information_on_from_task_to_task(draw: Draw) -> None:
+    graph = draw(METHODS["ewc"])
+    assert "earlier" not in graph[f"fisher/{FIRST}"].inputs
+    assert graph[f"fisher/{SECOND}"].inputs["earlier"] == graph[f"fisher/{FIRST}"]
+    assert graph[f"train/{THIRD}"].inputs["past.fisher"] == graph[f"fisher/{SECOND}"]
+    assert not any("past" in name for name in graph[f"train/{FIRST}"].inputs)
+    heavier = draw("method={name: ewc, penalty_weight: 3}")
+    assert touched(graph, heavier) == {f"train/{SECOND}", f"train/{THIRD}"}
+    fewer = draw("method={name: ewc, fisher_rows: 3}")
+    assert touched(graph, fewer) == names(graph, "fisher")
+
+
+def test_own_answers_are_taken_from_the_newest_model_for_every_earlier_task(draw: Draw) -> None:
+    graph = draw(SEEKR, "replay.answers=on_policy")
+    label = f"{FIRST}--after--{SECOND}"
+    rolled = graph[f"rollout/{label}"]
+    assert dict(rolled.inputs) == {
+        "model": graph[f"train/{SECOND}"],
+        "replay": graph[f"sample/{FIRST}"],
+    }
+    assert graph[f"train/{THIRD}"].inputs[f"replay.{FIRST}"] == rolled
+    taught = graph[f"teach/{label}"]
+    assert taught.inputs["replay"] == rolled
+    assert taught.inputs["teacher"] == graph[f"train/{FIRST}"]
+    assert graph[f"train/{THIRD}"].inputs[f"targets.{FIRST}"] == taught
+    gold = draw(SEEKR)
+    assert {name for name in gold if gold[name] == graph.get(name)} >= names(gold, "sample")
+    assert gold[f"train/{FIRST}"] == graph[f"train/{FIRST}"]
+
+
+def test_frozen_heads_are_taught_anew_where_rows_are_answered_anew(draw: Draw) -> None:
+    graph = draw(METHODS["frozen"], "replay.answers=on_policy")
+    assert f"teach/{FIRST}--after--{SECOND}" in graph
+
+
+def test_opr_is_replay_of_own_answers(draw: Draw) -> None:
+    """But for its name, which is part of a training's settings."""
+    opr = draw("method={name: opr}")
+    own = draw(METHODS["replay"], "replay.answers=on_policy")
+    assert opr.keys() == own.keys()
+    assert names(opr, "rollout")
+    assert touched(opr, own) == {f"train/{SECOND}", f"train/{THIRD}"}
+
+
+def test_surprise_is_a_model_s_before_or_after_it_learns_the_task(draw: Draw) -> None:
+    random = draw(METHODS["replay"])
+    before = draw(METHODS["replay"], "replay.sampling=surprise_before")
+    after = draw(METHODS["replay"], "replay.sampling=surprise_after")
+    assert before[f"sample/{FIRST}"].sources.keys() == {"model"}
+    assert "model" not in before[f"sample/{FIRST}"].inputs
+    assert before[f"sample/{SECOND}"].inputs["model"] == before[f"train/{FIRST}"]
+    assert after[f"sample/{SECOND}"].inputs["model"] == after[f"train/{SECOND}"]
+    assert random[f"train/{FIRST}"] == before[f"train/{FIRST}"] == after[f"train/{FIRST}"]
+
+
+def test_olora_is_given_the_adapters_of_every_earlier_task(draw: Draw) -> None:
+    lora = "train.lora={rank: 2}"
+    graph, plain = draw("method={name: olora}", lora), draw(METHODS["seqft"], lora)
+    assert graph[f"train/{FIRST}"] == plain[f"train/{FIRST}"]
+    inputs = graph[f"train/{THIRD}"].inputs
+    assert {name: stage for name, stage in inputs.items() if name.startswith("past.")} == {
+        f"past.{task}": graph[f"train/{task}"] for task in (FIRST, SECOND)
     }
 
 

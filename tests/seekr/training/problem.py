@@ -61,16 +61,26 @@ def write_model(folder: Path, **shape: int) -> Path:
     return folder
 
 
-def training_rows() -> TrainingRows:
-    """Return 23 task rows of uneven length and 7 replay rows with their targets."""
-    task, replay = _rows(23, seed=1), _rows(7, seed=2)
+def training_rows(replay: bool = True, targets: list[bytes] | None = None) -> TrainingRows:
+    """Return 23 task rows of uneven length and 7 replay rows with their targets.
+
+    Args:
+        replay: Whether there are any replay rows. targets: of the task rows, if they have some.
+    """
+    task, replayed = _rows(23, seed=1), _rows(7 if replay else 0, seed=2)
     return TrainingRows(
         task=task,
         task_ids=[f"new/{row.row_id}" for row in task],
-        replay=replay,
-        replay_ids=[f"old/{row.row_id}" for row in replay],
-        targets=_targets(replay),
+        replay=replayed,
+        replay_ids=[f"old/{row.row_id}" for row in replayed],
+        targets=_targets(replayed) if replay else None,
+        task_targets=targets,
     )
+
+
+def task_targets() -> list[bytes]:
+    """Return targets of the task rows."""
+    return _targets(_rows(23, seed=1))
 
 
 def _rows(count: int, seed: int) -> list[TokenizedRow]:

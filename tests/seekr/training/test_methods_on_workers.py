@@ -1,0 +1,133 @@
+"""Every method under two FSDP2 workers, a row per pass, against one worker that sees whole batches.
+
+What each method's loss is, is tested elsewhere, in float64. Here: that workers, shards and passes do not
+change it, whatever the method adds to rows or to weights.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from seekr.methods import METHODS, Method
+from seekr.methods.penalty import Past
+from seekr.training.build import Origin
+from seekr.training.loop import Training, Workers
+from seekr.training.ranges import flat
+from seekr.training.settings import Execution
+from seekr.training.strategy import create_strategy
+from tests.seekr.training.problem import (
+    LORA,
+    METHOD,
+    PAD_ID,
+    recipe,
+    task_targets,
+    training_rows,
+    write_model,
+)
+from tests.seekr.training.worlds import run_world
+
+STREAMED = sorted(name for name, method in METHODS.items() if not method.needs.all_tasks)
+STEPS = 8
+
+
+def method_named(name: str) -> Method:
+    return METHOD if name == "seekr" else METHODS[name].model_validate({"name": name})
+
+
+def past_of(method: Method) -> Past:
+    """Return numbers that depend on a tensor's name alone."""
+
+    def read(name: str, start: int, length: int) -> Tensor:
+        draw = np.random.default_rng(zlib.crc32(name.encode()))
+        return torch.from_numpy(draw.random(start + length)[start:]).float() * 0.2
+
+    if method.needs.fisher:
+        return {"fisher": read}
+    return (
+        {"old": read, "older": lambda name, *at: read(f"{name}2", *at)}
+        if (method.needs.adapters)
+        else {}
+    )
+
+
+def train(folder: Path, name: str, strategy: Any, size: int, rank: int, world_size: int) -> Any:
+    """Train in this process, one of several; returns the steps and how far weights have moved."""
+    method, device = method_named(name), torch.device("cpu")
+    chosen = recipe(lora=LORA if method.needs.adapters else None, epochs=2)
+    execution = Execution(strategy=strategy, micro_batch_size=size)
+    built = create_strategy(Origin(folder=folder), chosen, execution, device)
+    rows = training_rows(
+        replay=method.needs.replay, targets=task_targets() if method.needs.task_logits else None
+    )
+    workers = Workers(rank=rank, world_size=world_size)
+    training = Training(
+        chosen, execution, method, rows, built, device, PAD_ID, workers,
+        method.penalty(past_of(method)),
+    )  # fmt: skip
+    before = {n: flat(p).clone() for n, p in built.model.named_parameters()}
+    steps = [training.step(step) for step in range(training.num_steps)]
+    moved = {n: bool((flat(p) != before[n]).any()) for n, p in built.model.named_parameters()}
+    return steps, moved
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]:
+    model = write_model(tmp_path_factory.mktemp("model"))
+    results: dict[tuple[str, int], Any] = {}
+    for workers, strategy, size in ((1, "ddp", 6), (2, "fsdp", 1)):
+        cases = {
+            name: {"folder": model, "name": name, "strategy": strategy, "size": size}
+            for name in STREAMED
+        }
+        of_world = run_world(workers, train, cases, tmp_path_factory.mktemp("world"))
+        results |= {(name, workers): result for name, result in of_world.items()}
+    return results
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_two_workers_with_a_row_per_pass_compute_what_one_computes(
+    found: dict[tuple[str, int], Any], name: str
+) -> None:
+    one, two = found[name, 1], found.get((name, 2), "an earlier method failed")
+    assert not isinstance(one, str), one
+    assert not isinstance(two, str), two
+    assert len(one[0]) == len(two[0]) == STEPS
+    for ours, theirs in zip(two[0], one[0], strict=True):
+        assert ours.keys() == theirs.keys()
+        parts = ours.keys() - {"seconds", "wishes", "step"}
+        for part in parts:
+            assert ours[part] == pytest.approx(theirs[part], rel=1e-3, abs=1e-6), (part, ours)
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_training_changes_exactly_what_the_method_trains(
+    found: dict[tuple[str, int], Any], name: str
+) -> None:
+    _, moved = found[name, 1]
+    adapted = METHODS[name].needs.adapters
+    for parameter, has_moved in moved.items():
+        assert has_moved == (".lora_" in parameter or not adapted), parameter
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_the_parts_of_a_loss_that_are_logged_are_those_of_the_method(
+    found: dict[tuple[str, int], Any], name: str
+) -> None:
+    needs, steps = METHODS[name].needs, found[name, 1][0]
+    expected = {"task"}
+    expected |= {"replay"} if needs.replay else set()
+    expected |= {"logits"} if needs.logits or needs.task_logits else set()
+    expected |= {"attention"} if needs.heads else set()
+    expected |= {"penalty"} if needs.penalty else set()
+    names = {"task", "replay", "logits", "attention", "penalty"}
+    assert set(steps[0]) & names == expected
+    for part in expected:
+        assert all(np.isfinite(step[part]) for step in steps)
+        assert steps[0][part] > 0
