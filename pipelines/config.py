@@ -23,16 +23,19 @@ from pipelines.section import Section, execution
 from pipelines.train_config import TrainConfig
 from seekr.methods.derpp import DERpp
 from seekr.methods.ewc import EWC
+from seekr.methods.l2p import L2P
 from seekr.methods.lwf import LwF
 from seekr.methods.mtl import MTL
 from seekr.methods.olora import OLoRA
 from seekr.methods.opr import OPR
+from seekr.methods.pp import ProgressivePrompts
 from seekr.methods.replay import Replay
 from seekr.methods.seekr import SEEKR
 from seekr.methods.seqft import SeqFT
 
 AnyMethod = Annotated[
-    SeqFT | Replay | DERpp | SEEKR | OPR | LwF | EWC | OLoRA | MTL, Field(discriminator="name")
+    SeqFT | Replay | DERpp | SEEKR | OPR | LwF | EWC | OLoRA | L2P | ProgressivePrompts | MTL,
+    Field(discriminator="name"),
 ]
 Metric = Literal["exact_match", "accuracy", "rouge_l", "edit_similarity"]
 Name = Annotated[
@@ -276,10 +279,10 @@ class StreamConfig(Section):
     @model_validator(mode="after")
     def _method_can_be_trained(self) -> StreamConfig:
         method, train = self.method, self.train
-        if method.needs.task_logits and train.pack_tokens is not None:
+        if train.pack_tokens is not None and (method.needs.task_logits or method.needs.prompts):
             raise ValueError(
-                f"train.pack_tokens is {train.pack_tokens} and method {method.name} distils on task "
-                "rows, whose targets are per sequence; null is needed"
+                f"train.pack_tokens is {train.pack_tokens} and method {method.name} has targets or "
+                "prompts for single rows; null is needed"
             )
         if method.needs.penalty and train.strategy == "deepspeed":
             raise ValueError(
@@ -290,10 +293,10 @@ class StreamConfig(Section):
             raise ValueError(
                 f"train.lora is null and method {method.name} is about adapters; set train.lora.rank"
             )
-        if method.needs.fisher and train.lora is not None:
+        if train.lora is not None and (method.needs.fisher or method.needs.prompts):
             raise ValueError(
-                f"train.lora is set and method {method.name} holds the weights themselves, which "
-                "stay frozen under adapters; set train.lora to null"
+                f"train.lora is set and method {method.name} is not about adapters, under which the "
+                "weights stay frozen; set train.lora to null"
             )
         return self
 

@@ -24,7 +24,8 @@ from pipelines.workspace import Workspace
 from seekr.collation import collate_prompts
 from seekr.metrics import METRICS
 from seekr.models import generate_greedy, load_tokenizer
-from seekr.prompts import eos_id_of, pad_id_of
+from seekr.prompts import TokenizedRow, eos_id_of, pad_id_of
+from seekr.soft_prompts import prefixed, prompting_of
 
 CELLS = "scores.json"
 PREDICTIONS = "predictions.parquet"
@@ -126,8 +127,16 @@ class _Generator:
         parts = [self._generate(table.filter(column("task") == name), name) for name in names]
         return pa.concat_tables(parts)
 
+    def _with_prompts(self, rows: list[TokenizedRow], task: str) -> list[TokenizedRow]:
+        found = prompting_of(self._model)
+        if found is None:
+            return rows
+        # A task that is not learnt yet is asked with all prompts there are.
+        own = self._tasks[task].get("prompts") == "task" and task in found.spec.tasks
+        return prefixed(rows, found.spec.slots(task if own else None), found.vocab_size)
+
     def _generate(self, table: pa.Table, task: str) -> pa.Table:
-        rows, settings = rows_of(table), self._tasks[task]
+        rows, settings = self._with_prompts(rows_of(table), task), self._tasks[task]
         pad_id = pad_id_of(self._tokenizer)
         generated = generate_greedy(
             self._model,

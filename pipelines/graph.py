@@ -282,6 +282,8 @@ class _Builder:
             }
             for name in tasks
         }
+        if getattr(self._method, "inference", None) == "task":
+            cells = {name: cell | {"prompts": "task"} for name, cell in cells.items()}
         return {"decoding": "greedy", "tasks": cells, "dtype": self._config.model.dtype}
 
     def _add(

@@ -167,11 +167,22 @@ class _TaskLook:
 
     def check_length(self, model: PretrainedConfig) -> None:
         positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-        if isinstance(positions, int) and self._options.max_length > positions:
+        vectors = self._prompt_vectors()
+        if isinstance(positions, int) and self._options.max_length + vectors > positions:
+            beside = f", before which {vectors} vectors of prompts are put," if vectors else ""
             raise ConfigError(
-                f"task {self._task.name}: max_length is {self._options.max_length} and the model "
-                f"has {positions} positions; lower data.max_length or the task's own"
+                f"task {self._task.name}: max_length is {self._options.max_length}{beside} and the "
+                f"model has {positions} positions; lower data.max_length or the task's own"
             )
+
+    def _prompt_vectors(self) -> int:
+        """Return how many trained vectors will stand before a row once all tasks are learnt."""
+        prompts = self._config.method.soft_prompts
+        if prompts is None:
+            return 0
+        for task in self._config.tasks:
+            prompts = prompts.with_task(task.name)
+        return len(prompts.slots())
 
     def facts(self) -> TaskFacts | None:
         """Return what the sources hold, None if one of them cannot be used."""

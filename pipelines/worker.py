@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ from pipelines.training_rows import load_training_rows
 from pipelines.transfer import OutputFile
 from seekr.methods import Method
 from seekr.methods.penalty import Past
-from seekr.models import load_tokenizer
+from seekr.models import load_tokenizer, model_shape
 from seekr.prompts import pad_id_of
-from seekr.training.build import Origin, file_name
+from seekr.soft_prompts import prefixed
+from seekr.training.build import Origin, file_name, prompts_after
 from seekr.training.checkpoint import check_masters, load_checkpoint
 from seekr.training.export import export_adapters, export_model
 from seekr.training.loop import Training, Workers
+from seekr.training.microbatches import TrainingRows
 from seekr.training.past import kept_numbers, learnt_adapters
 from seekr.training.ranges import check_equal
 from seekr.training.settings import Recipe
@@ -120,14 +122,14 @@ class _Worker:
         self._tokenizer = load_tokenizer(
             self._origin.folder, trust_remote_code=source.trust_remote_code
         )
-        self._recipe = Recipe.of(spec.settings, spec.task)
+        self._recipe = Recipe.of(spec.settings, spec.task, spec.method.soft_prompts)
         execution = training_execution(spec.execution)
         self._strategy = create_strategy(self._origin, self._recipe, execution, device)
         self._training = Training(
             self._recipe,
             execution,
             spec.method,
-            load_training_rows(spec.data, spec.replay, spec.targets, spec.task_targets),
+            self._rows(),
             self._strategy,
             device,
             pad_id_of(self._tokenizer),
@@ -144,6 +146,15 @@ class _Worker:
             spec.store, spec.key, self._workers, self._blocks, self._strategy.optimizer
         )
         self._history: list[dict[str, Any]] = []
+
+    def _rows(self) -> TrainingRows:
+        spec, prompts = self._spec, self._recipe.prompts
+        rows = load_training_rows(spec.data, spec.replay, spec.targets, spec.task_targets)
+        if prompts is None:
+            return rows
+        slots = prompts_after(self._origin, prompts, spec.task).slots()
+        vocab_size = model_shape(self._strategy.model.config).vocab_size
+        return replace(rows, task=prefixed(rows.task, slots, vocab_size))
 
     def run(self) -> dict[str, Any] | None:
         """Take the steps that are left, then export."""

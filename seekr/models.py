@@ -32,6 +32,7 @@ from transformers import (
 from seekr import attention as seekr_attention
 from seekr.collation import Batch
 from seekr.errors import ConfigError, UnsupportedModel
+from seekr.soft_prompts import load_prompts, prompting
 
 AttentionName = Literal["seekr", "sdpa", "eager"]
 PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
@@ -82,6 +83,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from a local folder, in evaluation mode, on the CPU.
 
+    Trained prompts that lie beside its weights are attached (`seekr.soft_prompts`).
+
     Args:
         path: Folder with config.json and safetensors weights.
         dtype: Type of the weights in memory, whatever it is on disk.
@@ -112,6 +115,7 @@ def load_model(
             f"first is {missing[0]!r}; all are needed, or they would be random: use a complete "
             "checkpoint (a bare adapter is not a model)"
         )
+    load_prompts(model, folder)
     return model
 
 
@@ -258,11 +262,12 @@ def generate_greedy(
     model.eval()
     model.generation_config = GenerationConfig()  # transformers would fill gaps from the model's
     try:
-        ids_BT = generator.generate(
-            input_ids=batch_prompts.input_ids_BT,
-            attention_mask=batch_prompts.attention_mask_BT,
-            generation_config=settings,
-        )
+        with prompting(model, batch_prompts):
+            ids_BT = generator.generate(
+                input_ids=batch_prompts.input_ids_BT,
+                attention_mask=batch_prompts.attention_mask_BT,
+                generation_config=settings,
+            )
     finally:
         model.generation_config = own_settings
         model.train(was_training)

@@ -126,6 +126,8 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], 
             method={"name": name} | (small if name == "seekr" else {}),
             teach={"logits_kept": None} if name == "derpp" else None,  # logit_loss may be mse
             train={"lora": {"rank": 2}} if name == "olora" else {},
+            # Prompts take positions, of which the model has 64.
+            data={"max_length": 24} if METHODS[name].needs.prompts else {},
         )
         for name in METHODS
     }

@@ -5,10 +5,12 @@ from __future__ import annotations
 from seekr.methods.contract import Method, Needs, Outputs, Term, Terms
 from seekr.methods.derpp import DERpp
 from seekr.methods.ewc import EWC
+from seekr.methods.l2p import L2P
 from seekr.methods.lwf import LwF
 from seekr.methods.mtl import MTL
 from seekr.methods.olora import OLoRA
 from seekr.methods.opr import OPR
+from seekr.methods.pp import ProgressivePrompts
 from seekr.methods.replay import Replay
 from seekr.methods.seekr import SEEKR
 from seekr.methods.seqft import SeqFT
@@ -22,11 +24,14 @@ METHODS: dict[str, type[Method]] = {
     "ewc": EWC,
     "olora": OLoRA,
     "opr": OPR,
+    "l2p": L2P,
+    "pp": ProgressivePrompts,
     "seekr": SEEKR,
 }
 
 __all__ = [
     "EWC",
+    "L2P",
     "METHODS",
     "MTL",
     "OPR",
@@ -37,6 +42,7 @@ __all__ = [
     "Needs",
     "OLoRA",
     "Outputs",
+    "ProgressivePrompts",
     "Replay",
     "SeqFT",
     "Term",

@@ -20,9 +20,10 @@ from seekr.collation import Batch
 from seekr.distillation import DistillationProbe
 from seekr.losses import AnswerNLL
 from seekr.methods.penalty import Past, Penalty
+from seekr.soft_prompts import SoftPrompts
 
 # What a term's total is divided by: a count over the whole optimizer step, on all workers.
-Unit = Literal["task_tokens", "replay_tokens", "replay_rows"]
+Unit = Literal["task_tokens", "task_rows", "replay_tokens", "replay_rows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,8 @@ class Needs:
     teacher's answer logits on them. heads: the scored and selected attention heads, and the
     teacher's rows of them. task_logits: the previous model's answer logits on the new task's own
     rows. fisher: the Fisher information of earlier tasks. adapters: those that earlier tasks have
-    learnt; the stream trains adapters. all_tasks: no stream at all, but one training on every task's
-    rows at once.
+    learnt; the stream trains adapters. prompts: prompts are trained, before a frozen model.
+    all_tasks: no stream at all, but one training on every task's rows at once.
     """
 
     replay: bool = False
@@ -44,6 +45,7 @@ class Needs:
     task_logits: bool = False
     fisher: bool = False
     adapters: bool = False
+    prompts: bool = False
     all_tasks: bool = False
 
     @property
@@ -54,7 +56,7 @@ class Needs:
     @property
     def earlier(self) -> bool:
         """Whether a training with earlier tasks differs from one without."""
-        return self.replay or self.task_logits or self.penalty
+        return self.replay or self.task_logits or self.penalty or self.prompts
 
     @property
     def penalty(self) -> bool:
@@ -69,13 +71,15 @@ class Outputs:
     `answers` gives sums of losses on logits, from whole logits or in chunks: a method cannot tell.
     `targets` is set on replay rows when the method needs a teacher, and on task rows when it needs
     the previous model's logits and there is such a model; `attention_kl[layer]` is [B, S, Q], the
-    divergence of the student's attention on the heads and query rows that the targets name.
+    divergence of the student's attention on the heads and query rows that the targets name. `pull_B`
+    is [B], how far chosen prompts' keys are from their rows, for models with a pool of prompts.
     """
 
     answers: Answers
     batch: Batch
     targets: BatchTargets | None = None
     attention_kl: dict[int, torch.Tensor] | None = None
+    pull_B: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +116,11 @@ class Method(BaseModel):
     def replay_terms(self, outputs: Outputs) -> Terms:
         """Losses on replayed rows; only called for methods that need replay."""
         raise NotImplementedError(f"method {self.name} asks for replay and defines no replay loss")
+
+    @property
+    def soft_prompts(self) -> SoftPrompts | None:
+        """What prompts are trained instead of weights, without tasks yet; None trains the model."""
+        return None
 
     @property
     def whole_logits(self) -> bool:

@@ -25,6 +25,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from seekr import attention
 from seekr.errors import ConfigError, StoreError
 from seekr.models import check_weights, load_model
+from seekr.soft_prompts import (
+    KEYS,
+    PREFIX,
+    SoftPrompts,
+    attach,
+    is_prompt,
+    read_spec,
+    read_tensors,
+)
 from seekr.training.ranges import MemorySource, Source, copy_in, flat, range_of
 from seekr.training.settings import Lora, Recipe
 
@@ -52,7 +61,7 @@ def empty_model(origin: Origin, recipe: Recipe) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(
         origin.folder, local_files_only=True, trust_remote_code=origin.trust_remote_code
     )
-    dtype = torch.float32 if recipe.lora is None else recipe.dtype
+    dtype = recipe.dtype if recipe.frozen else torch.float32
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config,
@@ -63,7 +72,15 @@ def empty_model(origin: Origin, recipe: Recipe) -> PreTrainedModel:
     model.tie_weights()
     if recipe.lora is not None:
         _inject(model, recipe.lora)
+    if recipe.prompts is not None:
+        model.requires_grad_(False)
+        attach(model, prompts_after(origin, recipe.prompts, recipe.task))
     return model.train()
+
+
+def prompts_after(origin: Origin, prompts: SoftPrompts, task: str) -> SoftPrompts:
+    """Return what prompts there are once a task is learnt from a model that may have some already."""
+    return (read_spec(origin.folder) or prompts).with_task(task)
 
 
 def check_adapters(origin: Origin, recipe: Recipe) -> None:
@@ -143,7 +160,7 @@ def origin_source(origin: Origin, model: PreTrainedModel, recipe: Recipe) -> Sou
     names = {
         file_name(name)
         for name, _ in model.named_parameters(remove_duplicate=True)
-        if not is_adapter(name)
+        if not is_adapter(name) and not is_prompt(name)
     }
     files: Source = WeightFiles(origin.folder)
     if not names <= files.names:
@@ -153,7 +170,12 @@ def origin_source(origin: Origin, model: PreTrainedModel, recipe: Recipe) -> Sou
             trust_remote_code=origin.trust_remote_code,
         )
         files = MemorySource(whole.state_dict())
-    return _WithAdapters(files, dict(_adapters(model)), f"{recipe.seed}/{recipe.task}")
+    draw = f"{recipe.seed}/{recipe.task}"
+    if recipe.prompts is not None:
+        shapes = {name: p.shape for name, p in model.named_parameters() if is_prompt(name)}
+        tokens = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+        return _WithPrompts(files, shapes, draw, read_tensors(origin.folder), int(tokens))
+    return _WithAdapters(files, dict(_adapters(model)), draw)
 
 
 def fill(model: PreTrainedModel, source: Source) -> None:
@@ -213,6 +235,34 @@ class _WithAdapters:
         bound = 1.0 / math.sqrt(shape[1])  # of kaiming_uniform with a = sqrt(5), as peft has it
         values = torch.rand(shape, generator=generator) * (2 * bound) - bound
         return values.view(-1)[start : start + length]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _WithPrompts:
+    """A model's files, and prompts: as learnt so far, else as the embeddings of drawn tokens."""
+
+    files: Source
+    shapes: dict[str, torch.Size]
+    draw: str
+    learnt: dict[str, Tensor]
+    tokens: int
+
+    def read(self, name: str, start: int, length: int) -> Tensor:
+        if name not in self.shapes:
+            return self.files.read(name, start, length)
+        leaf = name.rpartition(".")[2]
+        values = self.learnt[leaf] if leaf in self.learnt else self._start(name)
+        return values.reshape(-1)[start : start + length]
+
+    def _start(self, name: str) -> Tensor:
+        shape = self.shapes[name]
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.draw}/{name}".encode()))
+        if name.endswith(KEYS):
+            return torch.randn(shape, generator=generator)
+        width, embedding = shape[-1], f"{name.partition(PREFIX)[0]}weight"
+        drawn = torch.randint(self.tokens, (shape.numel() // width,), generator=generator)
+        rows = [self.files.read(embedding, int(row) * width, width) for row in drawn]
+        return torch.stack(rows).float()
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, torch.Size]]:

@@ -26,6 +26,7 @@ from seekr.batches import BatchPlan
 from seekr.forward import check_packable
 from seekr.methods import Method, Outputs, Terms
 from seekr.methods.penalty import Penalty
+from seekr.soft_prompts import prompting
 from seekr.training.flops import training_flops
 from seekr.training.microbatches import MicroBatch, TrainingRows
 from seekr.training.schedule import learning_rate
@@ -172,6 +173,7 @@ class Training:
                 batch=batch,
                 targets=targets,
                 attention_kl=None if probe is None else probe.kl_by_layer,
+                pull_B=None if prompts is None else prompts.pull_B,
             )
             found = method.replay_terms if micro_batch.replay else method.task_terms
             terms.update(found(outputs))
@@ -179,7 +181,10 @@ class Training:
             return torch.stack(parts).sum()
 
         # The backward pass lies inside: activation checkpointing runs the forward pass again in it.
-        with nullcontext() if probe is None else probing(module, probe):
+        with (
+            nullcontext() if probe is None else probing(module, probe),
+            prompting(module, batch) as prompts,
+        ):
             if self._plain_head:
                 with reading_head(module, lambda *head: measure(HiddenStates(*head))):
                     loss = module(**batch.inputs(), use_cache=False).logits

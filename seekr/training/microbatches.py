@@ -72,6 +72,7 @@ class TrainingRows:
         replay = [self.replay[index] for index in rows.replay]
         return {
             "task_tokens": max(1, _answer_tokens(task)),
+            "task_rows": max(1, len(task)),
             "replay_tokens": max(1, _answer_tokens(replay)),
             "replay_rows": max(1, len(replay)),
             "tokens": sum(len(row.input_ids) for row in (*task, *replay)),

@@ -74,6 +74,7 @@ def outputs(student: torch.nn.Module, rows: Batch, targets: list[TeacherTarget])
         batch=rows,
         targets=collated,
         attention_kl=probe.kl_by_layer,
+        pull_B=torch.ones(len(rows), dtype=torch.float64),
     )
 
 

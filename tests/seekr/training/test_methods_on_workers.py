@@ -7,6 +7,7 @@ change it, whatever the method adds to rows or to weights.
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from seekr.methods import METHODS, Method
 from seekr.methods.penalty import Past
+from seekr.soft_prompts import is_prompt, prefixed
 from seekr.training.build import Origin
 from seekr.training.loop import Training, Workers
 from seekr.training.ranges import flat
@@ -60,12 +62,16 @@ def past_of(method: Method) -> Past:
 def train(folder: Path, name: str, strategy: Any, size: int, rank: int, world_size: int) -> Any:
     """Train in this process, one of several; returns the steps and how far weights have moved."""
     method, device = method_named(name), torch.device("cpu")
-    chosen = recipe(lora=LORA if method.needs.adapters else None, epochs=2)
+    lora = LORA if method.needs.adapters else None
+    chosen = recipe(lora=lora, epochs=2, prompts=method.soft_prompts, task="new")
     execution = Execution(strategy=strategy, micro_batch_size=size)
     built = create_strategy(Origin(folder=folder), chosen, execution, device)
     rows = training_rows(
         replay=method.needs.replay, targets=task_targets() if method.needs.task_logits else None
     )
+    if method.soft_prompts is not None:
+        slots = method.soft_prompts.with_task("new").slots()
+        rows = replace(rows, task=prefixed(rows.task, slots, 258))
     workers = Workers(rank=rank, world_size=world_size)
     training = Training(
         chosen, execution, method, rows, built, device, PAD_ID, workers,
@@ -111,9 +117,11 @@ def test_training_changes_exactly_what_the_method_trains(
     found: dict[tuple[str, int], Any], name: str
 ) -> None:
     _, moved = found[name, 1]
-    adapted = METHODS[name].needs.adapters
+    needs = METHODS[name].needs
     for parameter, has_moved in moved.items():
-        assert has_moved == (".lora_" in parameter or not adapted), parameter
+        trained = not needs.prompts or is_prompt(parameter)
+        trained = trained and (not needs.adapters or ".lora_" in parameter)
+        assert has_moved == trained, parameter
 
 
 @pytest.mark.parametrize("name", STREAMED)
@@ -126,7 +134,8 @@ def test_the_parts_of_a_loss_that_are_logged_are_those_of_the_method(
     expected |= {"logits"} if needs.logits or needs.task_logits else set()
     expected |= {"attention"} if needs.heads else set()
     expected |= {"penalty"} if needs.penalty else set()
-    names = {"task", "replay", "logits", "attention", "penalty"}
+    expected |= {"pull"} if name == "l2p" else set()
+    names = {"task", "replay", "logits", "attention", "penalty", "pull"}
     assert set(steps[0]) & names == expected
     for part in expected:
         assert all(np.isfinite(step[part]) for step in steps)
