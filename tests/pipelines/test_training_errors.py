@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from ray.util.state import list_actors
 
@@ -41,7 +42,7 @@ def cluster(stream_path: Path) -> Iterator[None]:
 
 
 def workers_started() -> int:
-    actors: list[Any] = list_actors(limit=10_000)
+    actors: list[Any] = list_actors(ray.get_runtime_context().gcs_address, limit=10_000)
     return sum(actor.class_name.startswith("RayTrainWorker") for actor in actors)
 
 

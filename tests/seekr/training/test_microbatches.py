@@ -188,6 +188,7 @@ def test_counts_are_of_the_whole_step_and_never_zero() -> None:
     both = StepRows(epoch=0, task=np.array([1, 0]), replay=np.array([0, 0]))
     assert rows.counts(both) == {
         "task_tokens": 4,
+        "task_rows": 2,
         "replay_tokens": 6,
         "replay_rows": 2,
         "tokens": 24,
@@ -195,6 +196,7 @@ def test_counts_are_of_the_whole_step_and_never_zero() -> None:
     alone = StepRows(epoch=0, task=np.array([1]), replay=np.zeros(0, dtype=np.int64))
     assert rows.counts(alone) == {
         "task_tokens": 2,
+        "task_rows": 1,
         "replay_tokens": 1,
         "replay_rows": 1,
         "tokens": 7,
