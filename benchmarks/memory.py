@@ -1,6 +1,6 @@
 """Peak memory of training on the CPU, estimated and measured (`python -m benchmarks.memory`).
 
-A Llama of 30 to 40 million parameters is trained for a few steps, a checkpoint is taken and kept through one
+A Llama of about 40 million parameters is trained for a few steps, a checkpoint is taken and kept through one
 more, and the model is exported: what a worker does. Every worker is a process of its own in which each
 tensor has pages of its own, so the largest resident size is the largest sum of what was alive. It is
 compared with `seekr.training.memory` for the same configuration, whole, with nothing taken off. As
