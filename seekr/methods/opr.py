@@ -2,7 +2,8 @@
 
 Before a task is learnt the model that will learn it answers the stored prompts of earlier tasks; what
 the task's metric accepts is trained on as if it were gold (arXiv 2605.29495, where the rest is dropped:
-`replay.rejected: drop`; gold answers stand in for it otherwise). No loss is added and no teacher is kept. The same rows are there for every method with replay: `replay.answers: on_policy`.
+`replay.rejected: drop`; gold answers stand in for it otherwise). No loss is added and no teacher is
+kept. The same rows are there for every method with replay: `replay.answers: on_policy`.
 """
 
 from __future__ import annotations
