@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from seekr import attention
 from seekr.errors import ConfigError, StoreError
-from seekr.models import check_weights, load_model
+from seekr.models import check_weights, load_model, model_shape
 from seekr.soft_prompts import (
     KEYS,
     PREFIX,
@@ -119,9 +119,11 @@ def _inject(model: PreTrainedModel, lora: Lora) -> None:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder's layers: the units that are gathered, compiled, computed again."""
-    decoder: Any = model.get_decoder()
-    return list(decoder.layers)
+    """Return the decoder's layers, wherever a family keeps them: the units that are gathered,
+    compiled, computed again."""
+    count = model_shape(model.config).num_layers
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return list(lists[0]) if lists else []
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:

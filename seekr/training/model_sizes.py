@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from seekr.answers import has_plain_head
 from seekr.models import model_shape
-from seekr.training.build import Origin, empty_model, is_adapter
+from seekr.training.build import Origin, decoder_layers, empty_model, is_adapter
 from seekr.training.settings import Lora, Recipe
 
 # Linear layers that read one tensor, and the one at which an adapter or a gradient keeps it.
@@ -106,7 +105,7 @@ def read_sizes(origin: Origin, recipe: Recipe) -> ModelSizes:
 def sizes_of(model: PreTrainedModel, lora: Lora | None) -> ModelSizes:
     """Return the sizes of a model, on any device."""
     shape, text = model_shape(model.config), model.config.get_text_config()
-    layers = _layers(model, shape.num_layers)
+    layers = decoder_layers(model)
     named = list(model.named_parameters())
     own = sum(p.numel() for name, p in named if not is_adapter(name))
     in_layers = [(n, p) for layer in layers for n, p in layer.named_parameters()]
@@ -136,12 +135,6 @@ def sizes_of(model: PreTrainedModel, lora: Lora | None) -> ModelSizes:
         targets=ALL_LINEAR if lora is None or lora.targets is None else lora.targets,
         plain_head=has_plain_head(model),
     )
-
-
-def _layers(model: PreTrainedModel, count: int) -> list[nn.Module]:
-    """Return the decoder's layers, wherever a family keeps them."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return list(lists[0]) if lists else []
 
 
 def _adapter_numbers(model: PreTrainedModel) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from safetensors.numpy import load_file
 
 from pipelines.artifact import Artifact
@@ -62,8 +63,6 @@ def run(stream_path: Path) -> Callable[..., Find]:
 
 
 def model_of(artifact: Artifact) -> Any:
-    import torch
-
     return load_model(artifact.local("model"), dtype=torch.float32, attention="sdpa")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,19 +17,10 @@ from seekr.methods.ewc import ANCHOR, PRECISION
 from seekr.methods.penalty import Penalty, Reader, Shard
 from seekr.models import tiny_llama
 from seekr.prompts import TokenizedRow
+from tests.seekr.tiny import row
 
 SHAPE = {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "max_positions": 32}
 ADAPTER = "model.layers.0.self_attn.q_proj.lora_A.seekr.weight"
-
-
-def row(name: str, ids: list[int], prompt: int) -> TokenizedRow:
-    return TokenizedRow(
-        row_id=name,
-        input="",
-        references=("",),
-        input_ids=np.array(ids, dtype=np.int32),
-        prompt_length=prompt,
-    )
 
 
 ROWS = [row("a", [5, 9, 3, 7, 1], 2), row("b", [8, 8, 2, 1], 3), row("c", [4, 6, 11, 1], 1)]

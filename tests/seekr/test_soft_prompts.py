@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,22 +23,13 @@ from seekr.soft_prompts import (
     prompting,
     write_prompts,
 )
+from tests.seekr.tiny import row
 
 VOCAB = 258
 SHAPE = {"hidden": 16, "layers": 2, "heads": 2, "kv_heads": 1, "max_positions": 64}
 TWO_TASKS = SoftPrompts(kind="progressive", length=3, tasks=("old", "new"))
 A_POOL = SoftPrompts(kind="pool", length=2, pool=5, selected=2)
 SPECS = {"progressive": TWO_TASKS, "pool": A_POOL}
-
-
-def row(name: str, ids: list[int], prompt: int) -> TokenizedRow:
-    return TokenizedRow(
-        row_id=name,
-        input="",
-        references=("",),
-        input_ids=np.array(ids, dtype=np.int32),
-        prompt_length=prompt,
-    )
 
 
 ROWS = [row("a", [5, 9, 3, 7, 1], 3), row("b", [80, 81, 82, 83, 84, 85, 2, 1], 6)]

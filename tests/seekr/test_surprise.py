@@ -5,28 +5,17 @@ from __future__ import annotations
 import math
 import random
 
-import numpy as np
 import pytest
 
 from seekr.collation import collate
 from seekr.errors import DataError
 from seekr.forward import batch_logits
 from seekr.models import tiny_llama
-from seekr.prompts import TokenizedRow
 from seekr.sampling import most_surprising
 from seekr.surprise import surprise
+from tests.seekr.tiny import row
 
 SHAPE = {"hidden": 16, "layers": 1, "heads": 2, "kv_heads": 1, "max_positions": 32}
-
-
-def row(name: str, ids: list[int], prompt: int) -> TokenizedRow:
-    return TokenizedRow(
-        row_id=name,
-        input="",
-        references=("",),
-        input_ids=np.array(ids, dtype=np.int32),
-        prompt_length=prompt,
-    )
 
 
 ROWS = [row("a", [5, 9, 3, 7, 1], 2), row("b", [8, 8, 2, 1], 3), row("c", [4, 6, 11, 1], 1)]

@@ -115,3 +115,14 @@ def batch(
 ) -> Batch:
     """Return the rows of `rows(lengths)` padded on one side."""
     return collate(rows(lengths), PAD_ID, side, multiple_of)
+
+
+def row(row_id: str, ids: list[int], prompt: int) -> TokenizedRow:
+    """Return a row of these tokens, the first `prompt` of which are its prompt."""
+    return TokenizedRow(
+        row_id=row_id,
+        input="",
+        references=("",),
+        input_ids=np.array(ids, dtype=np.int32),
+        prompt_length=prompt,
+    )
