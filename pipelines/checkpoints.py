@@ -1,37 +1,36 @@
 """A training's checkpoints in the stage's folder: written beside the training, found again after a kill.
 
-Ray Train says which one is the newest that all workers have reported. Folders are named by the step and
-a tag of the group of workers that wrote them, so files of two attempts never meet in one, whatever a
-worker that was given up for dead still writes. One checkpoint at a time is on its way.
+A checkpoint counts when all its files are there, so the newest one is found by looking, whoever wrote
+it. Folders are named by the step and a tag of the group of workers that wrote them, so files of two
+attempts never meet in one, whatever a worker that was given up for dead still writes. One checkpoint at
+a time is on its way. Ray Train's own notes of checkpoints are not used: they belong to one group of
+workers and are overwritten in place, while these outlive their group.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train import Checkpoint
 
 from pipelines.store import Store
 from pipelines.workspace import CHECKPOINTS
 from seekr.errors import StoreError
-from seekr.training.checkpoint import missing_files, take_snapshot, writer_of
+from seekr.training.checkpoint import Snapshot, missing_files, take_snapshot, writer_of
 from seekr.training.loop import Workers
 from seekr.training.ranges import Block
 
-# Ray Train's name of a run, which is a folder: it stays the same, or nothing would be found again.
-RUN = "run"
-_SNAPSHOT = "checkpoint_manager_snapshot.json"
 _PROGRESS = "progress.json"
 
 
@@ -54,6 +53,7 @@ class Checkpoints:
     Args:
         key: the stage's folder.
         blocks, optimizer: whose state is kept.
+        keep: how many of the newest stay.
     """
 
     def __init__(
@@ -63,23 +63,27 @@ class Checkpoints:
         workers: Workers,
         blocks: Sequence[Block],
         optimizer: torch.optim.Optimizer,
+        keep: int,
     ) -> None:
-        self._store, self._place = store, f"{key}/{CHECKPOINTS}/{RUN}"
+        self._store, self._place, self._keep = store, f"{key}/{CHECKPOINTS}", keep
         self._workers, self._blocks, self._optimizer = workers, blocks, optimizer
         self._writer = writer_of(blocks)
-        self._tag = uuid4().hex[:8]
+        self._tag = self._of_first(uuid4().hex[:8])
         self.kept = self.handed = 0
-        self._idle = threading.Event()
-        self._idle.set()
+        self._uploader = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._upload: Future[None] | None = None
 
     @contextmanager
     def newest(self) -> Iterator[Found | None]:
         """Provide the newest checkpoint, None if there is none; forgets what is unfinished."""
-        checkpoint = ray.train.get_checkpoint() or self._complete()
-        if checkpoint is None:
+        name = self._of_first((self._complete() or [""])[-1])
+        if not name:
             self._forget_after(0)
             yield None
             return
+        checkpoint = Checkpoint(
+            self._store.full_path(f"{self._place}/{name}"), self._store.filesystem
+        )
         with checkpoint.as_directory() as path:
             folder = Path(path)
             try:
@@ -94,58 +98,58 @@ class Checkpoints:
             yield Found(folder=folder, **progress)
 
     def save(self, steps_done: int, history: Sequence[Mapping[str, Any]], *, wait: bool) -> None:
-        """Write a checkpoint; without `wait` while the training goes on, from a copy in memory."""
-        self._idle.wait()
-        snapshot = take_snapshot(self._blocks, self._optimizer)
-        progress = json.dumps({"steps_done": steps_done, "history": history})
-        first = self._workers.rank == 0
-        writes = first or self._writer.number is not None
-        folder = Path(tempfile.mkdtemp(prefix="seekr-checkpoint-")) if writes else Path()
+        """Write a checkpoint; without `wait` while the training goes on, from a copy in memory.
 
-        def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
-            try:
-                snapshot.save(folder, self._writer)
-                if first:
-                    (folder / _PROGRESS).write_text(progress)
-                self._store.upload(folder, self._place, name)
-                self.kept = steps_done
-            finally:
-                self._idle.set()
-            return Checkpoint(
-                self._store.full_path(f"{self._place}/{name}"), self._store.filesystem
-            )
-
-        if writes:
-            self._idle.clear()
-        ray.train.report(
-            {"steps_done": steps_done},
-            checkpoint=Checkpoint.from_directory(folder) if writes else None,
-            # The first worker's name counts for all.
-            checkpoint_dir_name=f"step-{steps_done:08d}-{self._tag}",
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC
-            if wait
-            else CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=upload,
-            delete_local_checkpoint_after_upload=True,
-        )
-        self.handed = steps_done
-
-    def _complete(self) -> Checkpoint | None:
-        """Return the newest one all of whose files are there, as the first worker sees it.
-
-        Ray Train knows none where it was killed before it noted the first, or while it wrote its
-        notes (`drop_damaged_notes`).
+        Raises:
+            What the upload of this one (`wait`) or the one before it raised.
         """
-        names = [""]
+        self.settle()
+        snapshot = take_snapshot(self._blocks, self._optimizer)
+        first = self._workers.rank == 0
+        if first or self._writer.number is not None:
+            progress = json.dumps({"steps_done": steps_done, "history": history}) if first else None
+            self._upload = self._uploader.submit(self._write, snapshot, steps_done, progress)
+        self.handed = steps_done
+        if wait:
+            self.settle()
+            if self._workers.world_size > 1:
+                dist.barrier()
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that this worker is writing, if there is one.
+
+        Raises:
+            What its upload raised.
+        """
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            upload.result()
+
+    def _write(self, snapshot: Snapshot, steps_done: int, progress: str | None) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="seekr-checkpoint-"))
+        try:
+            snapshot.save(folder, self._writer)
+            if progress is not None:
+                (folder / _PROGRESS).write_text(progress)
+            name = f"step-{steps_done:08d}-{self._tag}"
+            self._store.upload(folder, self._place, name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.kept = steps_done
         if self._workers.rank == 0:
-            names = [name for name, files in self._folders().items() if not _missing(files)][-1:]
-            names = names or [""]
+            for name in self._complete()[: -self._keep]:
+                self._store.remove(f"{self._place}/{name}")
+
+    def _of_first(self, name: str) -> str:
+        """Return what the first worker has, on all."""
+        names = [name]
         if self._workers.world_size > 1:
             dist.broadcast_object_list(names, src=0)
-        if not names[0]:
-            return None
-        path = self._store.full_path(f"{self._place}/{names[0]}")
-        return Checkpoint(path, self._store.filesystem)
+        return names[0]
+
+    def _complete(self) -> list[str]:
+        """Return the folders all of whose files are there, by step."""
+        return [name for name, files in self._folders().items() if not _missing(files)]
 
     def _forget_after(self, steps_done: int) -> None:
         """Remove what former groups of workers have begun and not finished."""
@@ -163,21 +167,6 @@ class Checkpoints:
             if name.startswith("step-"):
                 found.setdefault(name, []).append(leaf)
         return dict(sorted(found.items()))
-
-
-def drop_damaged_notes(store: Store, key: str) -> None:
-    """Remove Ray Train's notes about checkpoints if a kill has left half of them.
-
-    Ray Train overwrites its notes in place and refuses to start with half a file; the checkpoints
-    themselves are found without them.
-    """
-    path = f"{key}/{CHECKPOINTS}/{RUN}/{_SNAPSHOT}"
-    if store.stat(path) is None:
-        return
-    try:
-        json.loads(store.read_bytes(path))
-    except ValueError:
-        store.remove(path)
 
 
 def _missing(files: Sequence[str]) -> list[str]:

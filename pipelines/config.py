@@ -41,6 +41,8 @@ Metric = Literal["exact_match", "accuracy", "rouge_l", "edit_similarity"]
 Name = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80, description="A plain name.")
 ]
+# Logical CPUs for Ray Data's own read and write tasks.
+_TASK_CPUS = 2
 
 
 class ModelConfig(Section):
@@ -299,6 +301,13 @@ class StreamConfig(Section):
                 "weights stay frozen; set train.lora to null"
             )
         return self
+
+    @property
+    def required_cpus(self) -> float:
+        """Logical CPUs that let a training run beside the actors of all pools."""
+        pools = (self.score, self.teach, self.evaluate)
+        training = self.train.most_workers * self.train.cpus_per_worker
+        return training + sum(pool.actors * pool.cpus for pool in pools) + _TASK_CPUS
 
     def options(self, task: TaskConfig) -> DataConfig:
         """Return a task's options with the defaults filled in."""

@@ -19,13 +19,12 @@ import ray.data
 
 from pipelines.config import StreamConfig
 from pipelines.hosts import forget_hosts
+from pipelines.train_group import end_groups
 from seekr.errors import ConfigError
 
 # Ray Train's default of 2 s is added to every short stage; polling is cheap.
 _TRAIN_POLL_SECONDS = "0.2"
 _QUIET_LOGGERS = ("ray.data", "ray.train", "ray.serve", "ray")
-# Logical CPUs for Ray Data's own read and write tasks.
-_TASK_CPUS = 2
 
 
 @contextmanager
@@ -51,15 +50,9 @@ def ray_session(configs: Sequence[StreamConfig]) -> Iterator[None]:
         yield
     finally:
         if mine:
+            end_groups()
             forget_hosts()
             ray.shutdown()
-
-
-def required_cpus(config: StreamConfig) -> float:
-    """Return the logical CPUs that let a training run beside the actors of all pools."""
-    pools = (config.score, config.teach, config.evaluate)
-    training = config.train.most_workers * config.train.cpus_per_worker
-    return training + sum(pool.actors * pool.cpus for pool in pools) + _TASK_CPUS
 
 
 def _connect(configs: Sequence[StreamConfig]) -> None:
@@ -71,7 +64,7 @@ def _connect(configs: Sequence[StreamConfig]) -> None:
     cpus = max(
         config.ray.num_cpus or 0,
         os.cpu_count() or 1,
-        *(math.ceil(required_cpus(other)) for other in configs),
+        *(math.ceil(other.required_cpus) for other in configs),
     )
     # Not the cluster that somebody has left running on this machine. The dashboard answers Ray
     # Train's cleaner, which otherwise keeps polling after every stage.

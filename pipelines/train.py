@@ -1,7 +1,7 @@
 """Train: one task learnt by a group of workers under Ray Train, resumed where it was left.
 
-The trainer's storage is the stage's own `checkpoints/` folder and its name never changes, so a run
-that finds the stage unfinished continues from the newest checkpoint there.
+Checkpoints lie in the stage's own `checkpoints/` folder, so a run that finds the stage unfinished
+continues from the newest one there.
 """
 
 from __future__ import annotations
@@ -9,31 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ray.train import (
-    CheckpointConfig,
-    ControllerError,
-    FailureConfig,
-    RunConfig,
-    ScalingConfig,
-    WorkerGroupError,
-)
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import ControllerError, WorkerGroupError
 
 from pipelines import out_of_memory
 from pipelines.artifact import Artifact
-from pipelines.checkpoints import RUN, drop_damaged_notes
 from pipelines.config import StreamConfig
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource
 from pipelines.stage import StageOutcome, Stopped
-from pipelines.train_config import TrainConfig
+from pipelines.train_group import train_in_group
 from pipelines.worker import TrainSpec, train_worker
 from pipelines.workspace import CHECKPOINTS, Workspace
 from seekr.errors import SeekrError
 
 HISTORY = "history.json"
-# Groups that do not start: killed at birth, or a minute without the resources they ask for.
-_MIN_START_FAILURES = 10
 
 
 def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
@@ -55,59 +44,14 @@ def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
         report=report.named("rank-0"),
         attempt=workspace.attempt,
     )
-    drop_damaged_notes(workspace.store, workspace.key)
-    resources: dict[str, float] = {"CPU": execution.cpus_per_worker}
-    if execution.gpus_per_worker:
-        resources["GPU"] = execution.gpus_per_worker
-    fewest, most = execution.fewest_workers, execution.most_workers
-    workers = most if fewest == most else (fewest, most)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"spec": spec},
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=execution.gpus_per_worker > 0,
-            resources_per_worker=resources,
-        ),
-        torch_config=TorchConfig(backend=process_group_backend(execution)),
-        run_config=RunConfig(
-            name=RUN,
-            storage_path=workspace.full_path(CHECKPOINTS),
-            storage_filesystem=workspace.store.filesystem,
-            failure_config=failure_config(execution),
-            checkpoint_config=CheckpointConfig(num_to_keep=execution.keep_checkpoints),
-        ),
-    )
-    return _outcome(workspace, _fit(trainer, workspace, execution, task))
+    return _outcome(workspace, _fit(spec, workspace, config))
 
 
-def failure_config(execution: TrainConfig) -> FailureConfig:
-    """Return how often a training goes on from its last checkpoint by itself.
-
-    A preempted node is nobody's failure and has no limit; groups that never start have one.
-    """
-    return FailureConfig(
-        max_failures=execution.max_failures,
-        max_preemption_failures=-1,
-        controller_failure_limit=max(_MIN_START_FAILURES, execution.max_failures),
-    )
-
-
-def process_group_backend(execution: TrainConfig) -> str | None:
-    """Return torch's backend; None lets Ray choose nccl or gloo by the device.
-
-    What FSDP2 keeps in host memory it also reduces there, beside what lies on the devices.
-    """
-    offloads = execution.strategy == "fsdp" and execution.offload != "none"
-    return "cpu:gloo,cuda:nccl" if offloads and execution.gpus_per_worker else None
-
-
-def _fit(
-    trainer: TorchTrainer, workspace: Workspace, execution: TrainConfig, task: str
-) -> dict[str, Any]:
+def _fit(spec: TrainSpec, workspace: Workspace, config: StreamConfig) -> dict[str, Any]:
+    execution, task = spec.execution, spec.task
     adapted = workspace.config.get("lora") is not None
     try:
-        found: Any = trainer.fit().return_value
+        found = train_in_group(train_worker, spec, workspace, config)
     except WorkerGroupError as error:
         noted = out_of_memory.noted(workspace.store, workspace.key, workspace.attempt)
         if noted is not None:

@@ -82,12 +82,11 @@ class TrainSpec:
     attempt: int
 
 
-def train_worker(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Entry point of `TorchTrainer`; returns history and exported files on rank 0.
+def train_worker(spec: TrainSpec) -> dict[str, Any] | None:
+    """Do a stage's training on every worker of a group; returns history and exported files on rank 0.
 
     Or, again on rank 0 only, why it ended early: `diverged`, `stopped` or `out_of_memory`.
     """
-    spec: TrainSpec = config["spec"]
     found = out_of_memory.noted(spec.store, spec.key, spec.attempt)
     if found is not None:
         return {"out_of_memory": found}
@@ -143,7 +142,12 @@ class _Worker:
         self._profiler = StepProfiler(spec.store, spec.key, traced)
         self._signals = Signals(spec.report, self._workers.rank)
         self._checkpoints = Checkpoints(
-            spec.store, spec.key, self._workers, self._blocks, self._strategy.optimizer
+            spec.store,
+            spec.key,
+            self._workers,
+            self._blocks,
+            self._strategy.optimizer,
+            spec.execution.keep_checkpoints,
         )
         self._history: list[dict[str, Any]] = []
 

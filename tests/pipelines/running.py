@@ -101,7 +101,7 @@ def finished(storage: Path) -> dict[Path, int]:
 
 def newest_checkpoint(storage: Path) -> int:
     """Steps done in the newest checkpoint of a training that runs, 0 if there is none."""
-    folders = storage.glob("train/*/*/checkpoints/run/step-*")
+    folders = storage.glob("train/*/*/checkpoints/step-*")
     return max((int(folder.name.split("-")[1]) for folder in folders), default=0)
 
 

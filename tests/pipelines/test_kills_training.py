@@ -110,7 +110,7 @@ def largest_difference(one: Path, other: Path) -> float:
 
 def assert_finished(run: Run, storage: Path) -> None:
     assert run.wait() == 0, run.said()[-4000:]
-    assert not list(storage.glob("train/*/*/checkpoints/run/*")), "checkpoints are left"
+    assert not list(storage.glob("train/*/*/checkpoints/*")), "checkpoints are left"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
