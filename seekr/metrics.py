@@ -1,8 +1,9 @@
 """How good an answer is, and what a stream of tasks did to the model.
 
-Two parts with one border: per-row metrics in [0, 1], the best over a row's references, and the
-matrix R[i][j] (score on task j after learning task i) with the continual-learning figures read off
-it. The matrix may be partial: a figure that needs a cell not measured yet is None, never a guess.
+Two parts with one border: per-row metrics in [0, 1] of (prediction, references, source), the best over
+a row's references where they are compared one by one; and the matrix R[i][j] (score on task j after
+learning task i) with the continual-learning figures read off it. The matrix may be partial: a figure
+that needs a cell not measured yet is None, never a guess.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from typing import Literal
 
 from rapidfuzz import fuzz
 from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.bleu import BLEU
 
-Metric = Callable[[str, Sequence[str]], float]
+from seekr.sari import sari
+
+# Of a prediction, its references, and the text it was made from.
+Metric = Callable[[str, Sequence[str], str], float]
 BASE = "base"
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -26,7 +31,7 @@ _LABEL = re.compile(r"[+-]?\d+(?:\.\d+)?(?!\w)|\w+")
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 
 
-def exact_match(prediction: str, references: Sequence[str]) -> float:
+def exact_match(prediction: str, references: Sequence[str], source: str = "") -> float:
     """Return 1.0 if the prediction equals a reference, else 0.0.
 
     Both are lower-cased, ASCII punctuation is deleted and blanks are collapsed (SAPT). A reference
@@ -44,7 +49,7 @@ def _normalise(text: str) -> str:
     return " ".join(text.lower().translate(_DROP_PUNCTUATION).split())
 
 
-def accuracy(prediction: str, references: Sequence[str]) -> float:
+def accuracy(prediction: str, references: Sequence[str], source: str = "") -> float:
     """Return 1.0 if the prediction's first label is the first label of a reference, else 0.0.
 
     A label is the first number or word, case folded; numbers are compared by value ("5.0" is "5",
@@ -63,7 +68,7 @@ def _first_label(text: str) -> str | Decimal | None:
     return Decimal(label) if _NUMBER.fullmatch(label) else label.casefold()
 
 
-def rouge_l(prediction: str, references: Sequence[str]) -> float:
+def rouge_l(prediction: str, references: Sequence[str], source: str = "") -> float:
     """Return the best ROUGE-L F1, Google's scorer with Porter stemming as SuperNI and SAPT use it.
 
     Its tokens are lower-cased runs of [a-z0-9]: text in other scripts scores 0, use
@@ -78,9 +83,24 @@ def _rouge_scorer() -> RougeScorer:
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def edit_similarity(prediction: str, references: Sequence[str]) -> float:
+def edit_similarity(prediction: str, references: Sequence[str], source: str = "") -> float:
     """Return the best 1 - indel distance / total length (TRACE's fuzzywuzzy ratio on Py150)."""
     return max(fuzz.ratio(prediction, reference) / 100.0 for reference in references)
+
+
+def bleu(prediction: str, references: Sequence[str], source: str = "") -> float:
+    """Return sacrebleu's sentence BLEU (13a tokens, exponential smoothing, effective order)."""
+    return min(1.0, _bleu().sentence_score(prediction, list(references)).score / 100.0)
+
+
+@cache
+def _bleu() -> BLEU:
+    return BLEU(effective_order=True)
+
+
+def simplification(prediction: str, references: Sequence[str], source: str = "") -> float:
+    """Return the SARI of a simplification of `source` (TRACE's 20Minuten, whose source is the prompt)."""
+    return sari(source, prediction, references)
 
 
 METRICS: dict[str, Metric] = {
@@ -88,6 +108,8 @@ METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "rouge_l": rouge_l,
     "edit_similarity": edit_similarity,
+    "bleu": bleu,
+    "sari": simplification,
 }
 
 
