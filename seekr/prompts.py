@@ -184,7 +184,9 @@ def check_limits(
             f"max_answer_length is {max_answer_length}; at least 2 is needed (one token and EOS): "
             "raise it"
         )
-    fixed = len(_bos(tokenizer)) + sum(len(_literal(tokenizer, text)) for text in template.literals)
+    fixed = len(start_ids(tokenizer)) + sum(
+        len(literal_ids(tokenizer, text)) for text in template.literals
+    )
     if fixed + 1 + max_answer_length > max_length:
         raise ConfigError(
             f"max_length {max_length} cannot hold the template ({fixed} tokens), one token of "
@@ -215,7 +217,7 @@ def encode(
             no room for the input.
     """
     before, after = _surroundings(example, template, tokenizer)
-    input_ids = _data(tokenizer, example.input)
+    input_ids = data_ids(tokenizer, example.input)
     room = max_length - max_answer_length - len(before) - len(after)
     if room < min(1, len(input_ids)):
         raise DataError(
@@ -226,7 +228,7 @@ def encode(
     if len(input_ids) > room:
         input_ids = input_ids[:room] if truncate == "tail" else input_ids[len(input_ids) - room :]
     prompt = before + input_ids + after
-    answer = _data(tokenizer, example.references[0])[: max_answer_length - 1]
+    answer = data_ids(tokenizer, example.references[0])[: max_answer_length - 1]
     return TokenizedRow(
         row_id=example.row_id,
         input=example.input,
@@ -245,30 +247,30 @@ def _surroundings(
             f"row {example.row_id} has no definition and template {template.text!r} asks for one: "
             "add the definition to the row or remove {definition} from the template"
         )
-    sides: tuple[list[int], list[int]] = (_bos(tokenizer), [])
+    sides: tuple[list[int], list[int]] = (start_ids(tokenizer), [])
     side = 0
     for literal, name in zip(template.literals, (*template.names, ""), strict=True):
-        sides[side].extend(_literal(tokenizer, literal))
+        sides[side].extend(literal_ids(tokenizer, literal))
         if name == "input":
             side = 1
         elif name == "definition":
-            sides[side].extend(_data(tokenizer, example.definition or ""))
+            sides[side].extend(data_ids(tokenizer, example.definition or ""))
     return sides
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return [bos] if the tokenizer itself starts a sequence with it, else []."""
     ids = list(tokenizer("").input_ids)
     bos_id = tokenizer.bos_token_id
     return [ids[0]] if ids and bos_id is not None and ids[0] == bos_id else []
 
 
-def _literal(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def literal_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenise text the user wrote in the template: control tokens in it are meant."""
     return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
 
 
-def _data(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def data_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenise text that came from a file: whatever looks like a control token is only text."""
     if not text:
         return []
