@@ -18,7 +18,7 @@ from pipelines.tables import summary
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-llama"
 BASE = Path(__file__).with_name("stream.yaml")
-TRAIN_ROWS, TEST_ROWS = 1000, 200
+TRAIN_ROWS, TEST_ROWS = 1000, 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

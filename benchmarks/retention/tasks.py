@@ -13,7 +13,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from examples.demo.tasks import ALPHABET, LENGTHS, fold, reverse, rotate, swap
+from examples.demo.tasks import ALPHABET, fold, reverse, rotate, swap
+
+LENGTHS = (4, 5, 6)
 
 
 def deal(text: str) -> str:
