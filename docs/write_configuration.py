@@ -37,6 +37,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("score", config.PoolConfig),
     ("teach", config.TeachConfig),
     ("evaluate", config.EvaluateConfig),
+    ("general", config.GeneralConfig),
     ("tracking", config.TrackingConfig),
     ("ray", config.RayConfig),
 )

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from pipelines.cli_benchmark import benchmark
 from seekr.errors import ConfigError, SeekrError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(benchmark)
 out = Console()
 err = Console(stderr=True)
 
@@ -78,6 +80,8 @@ def run(
 
     with Interrupts(grace, tell=_warn) as interrupts:
         opened = [streams.open_stream(path, set_ or (), writable=True) for path in stream]
+        for text in dict.fromkeys(text for item in opened for text in item.facts.warnings):
+            _warn(text)
         if report is not None:
             check_target(report, "--report")
         distinct = {stage.fingerprint for item in opened for stage in item.stages}
@@ -115,6 +119,8 @@ def plan(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) ->
     from pipelines.tables import plan_table
 
     opened = streams.open_stream(stream, set_ or ())
+    for text in opened.facts.warnings:
+        _warn(text)
     statuses, memory = streams.status_of(opened), plan_memory(opened)
     if as_json:
         _print_json({"stages": list(map(asdict, statuses)), "memory": memory.to_json()})

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pipelines.pool_config import EvaluateConfig, GeneralConfig, PoolConfig, TeachConfig
 from pipelines.section import Section, execution
 from pipelines.train_config import TrainConfig
 from seekr.methods.derpp import DERpp
@@ -37,7 +38,7 @@ AnyMethod = Annotated[
     SeqFT | Replay | DERpp | SEEKR | OPR | LwF | EWC | OLoRA | L2P | ProgressivePrompts | MTL,
     Field(discriminator="name"),
 ]
-Metric = Literal["exact_match", "accuracy", "rouge_l", "edit_similarity"]
+Metric = Literal["exact_match", "accuracy", "rouge_l", "edit_similarity", "bleu", "sari"]
 Name = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80, description="A plain name.")
 ]
@@ -87,6 +88,8 @@ class TaskOptions(Section):
     """Keep this many training rows, drawn by hash; null keeps all."""
     test_rows: int | None = Field(default=None, ge=1)
     """The same for test rows."""
+    validation_rows: int | None = Field(default=None, ge=1)
+    """Training rows that are held out, drawn by hash: never trained on or replayed; null holds none."""
 
 
 class DataConfig(TaskOptions):
@@ -138,6 +141,11 @@ class ReplayConfig(Section):
     rejected: Literal["gold", "drop"] = "gold"
     """What is replayed for a prompt without a good own answer: its gold answer, or nothing."""
 
+    borrowed: int | None = Field(default=None, ge=1)
+    """Rows per earlier task made while a task is learnt: its inputs under the earlier task's
+    instruction, with the newest model's answers. They are replayed too, and not kept; null makes
+    none."""
+
     @model_validator(mode="before")
     @classmethod
     def _one_of_two(cls, values: Any) -> Any:
@@ -152,41 +160,6 @@ class ReplayConfig(Section):
         if self.ratio is None and self.rows is None:
             raise ValueError("ratio and rows are both null; set one of them")
         return self
-
-
-class PoolConfig(Section):
-    """A pool of actors, each with the models it needs."""
-
-    actors: int = execution(1, ge=1)
-    """Processes that hold models."""
-    batch_size: int = execution(8, ge=1)
-    """Rows per forward pass."""
-    cpus: float = execution(1, ge=0)
-    """Cores of each."""
-    gpus: float = execution(0, ge=0)
-    """Devices of each; 0 runs on the CPU."""
-
-
-class TeachConfig(PoolConfig):
-    """How targets are written."""
-
-    logits_kept: int | None = Field(default=64, ge=1)
-    """Probabilities kept per answer token, on average over a row, beside one mass for the others;
-    null keeps whole logits."""
-    attention_kept: int | None = Field(default=24, ge=1)
-    """Entries kept per query row of a map, on average over a row, beside one mass for the others;
-    null keeps all."""
-    bits: Literal[16, 32] = 16
-    """Of a stored number."""
-
-
-class EvaluateConfig(PoolConfig):
-    """Greedy generation on the test rows."""
-
-    batch_size: int = execution(32, ge=1)
-    """Rows generated together."""
-    forward_transfer: bool = False
-    """Also score each task before it is learnt, and the base model on it (FWT)."""
 
 
 class TrackingConfig(Section):
@@ -217,6 +190,8 @@ class StreamConfig(Section):
 
     name: Name
     """Names the stream in reports and MLflow."""
+    benchmark: str | None = execution(None)
+    """What data this is, for reports: benchmark, variant and order, such as `TRACE _Reasoning, order 1`."""
     seed: int = Field(default=0, ge=0)
     """Of replay draws, query rows and row order."""
     model: ModelConfig
@@ -239,6 +214,8 @@ class StreamConfig(Section):
     """The actors that write targets, and how."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """The actors that generate, and what else is measured."""
+    general: GeneralConfig = GeneralConfig()
+    """What the model can do besides its tasks."""
     storage: str = execution("seekr-store", min_length=1)
     """Folder or URI (s3://, gs://) of all artifacts; a relative folder is relative to where you are."""
     tracking: TrackingConfig = TrackingConfig()
@@ -299,6 +276,11 @@ class StreamConfig(Section):
             raise ValueError(
                 f"train.lora is set and method {method.name} is not about adapters, under which the "
                 "weights stay frozen; set train.lora to null"
+            )
+        if self.general.asked and method.needs.prompts:
+            raise ValueError(
+                f"general.tasks is set and method {method.name} trains prompts, which lm-eval does not "
+                "put before its rows, so it would measure the base model; leave general.tasks empty"
             )
         return self
 

@@ -16,8 +16,10 @@ from pyarrow.dataset import field as column
 
 from pipelines.config import PoolConfig, StreamConfig
 from pipelines.hosts import model_pool
+from pipelines.labels import is_before
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
+from pipelines.results import PREDICTIONS
 from pipelines.rowsets import TEST, kind_folder, load_rows_table, rows_of
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
@@ -28,7 +30,6 @@ from seekr.prompts import TokenizedRow, eos_id_of, pad_id_of
 from seekr.soft_prompts import prefixed, prompting_of
 
 CELLS = "scores.json"
-PREDICTIONS = "predictions.parquet"
 PREDICTION_SCHEMA = pa.schema(
     [
         ("model_after", pa.string()),
@@ -47,10 +48,11 @@ def evaluate(
     """Run the stage; writes scores.json and predictions.parquet."""
     tasks = workspace.config["tasks"]
     models = [name for name in workspace.inputs if name.startswith("model.")]
-    if task.endswith("--before"):
+    if is_before(task):
         models.append("model.base")
+    folder = kind_folder(workspace.config.get("split", TEST))
     table = pa.concat_tables(
-        _with_task(load_rows_table(workspace.inputs[f"data.{name}"], kind_folder(TEST)), name)
+        _with_task(load_rows_table(workspace.inputs[f"data.{name}"], folder), name)
         for name in tasks
     )
     report.post(force=True, rows_done=0, rows=table.num_rows * len(models))
@@ -156,7 +158,8 @@ class _Generator:
                 "prediction": texts,
                 "references": [list(row.references) for row in rows],
                 "score": [
-                    metric(text, row.references) for text, row in zip(texts, rows, strict=True)
+                    metric(text, row.references, row.input)
+                    for text, row in zip(texts, rows, strict=True)
                 ],
             },
             schema=PREDICTION_SCHEMA,

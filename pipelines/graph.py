@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.config import StreamConfig, TaskConfig
+from pipelines.labels import ALL_TASKS, BASE, before, borrowed, foretold, retaught
 from pipelines.section import identity
 from pipelines.stage import Stage
+from pipelines.stage_settings import decoding, precision, replay_targets, targets, training
 from pipelines.survey import Facts
 from seekr.methods.ewc import EWC, FISHER
 from seekr.methods.seekr import SEEKR
@@ -22,35 +24,21 @@ VERSIONS = {
     "ingest": 1,
     "sample": 1,
     "rollout": 1,
+    "borrow": 1,
     "train": 4,
     "fisher": 1,
     "score": 2,
     "select": 1,
     "teach": 2,
     "evaluate": 1,
+    "general": 1,
 }
-ALL_TASKS = "all"
-BASE = "base"
-
-
-def retaught(task: str, after: str) -> str:
-    """Name the targets of an earlier task that were made anew after a later one."""
-    return f"{task}--after--{after}"
-
-
-def before(task: str) -> str:
-    """Name the evaluation of a task that is about to be learnt."""
-    return f"{task}--before"
-
-
-def foretold(task: str, previous: str) -> str:
-    """Name the targets on a new task's rows by the model that has learnt the tasks before it."""
-    return f"{task}--by--{previous}"
 
 
 def build_graph(config: StreamConfig, facts: Facts) -> tuple[Stage, ...]:
     """Return the stream's stages; each comes after all of its inputs."""
     builder = _Builder(config, facts)
+    builder.general(BASE)
     if config.method.needs.all_tasks:
         builder.joint()
     else:
@@ -80,6 +68,8 @@ class _Builder:
             self._sample(task, known[:-1])
         if needs.task_logits and index > 0:
             self._foretell(task, known[-2])
+        if needs.replay and self._config.replay.borrowed is not None and index > 0:
+            self._borrow(task, known[:-1])
         self._train(task, earlier=known[:-1])
         if needs.replay and late:
             self._sample(task, known)
@@ -93,6 +83,8 @@ class _Builder:
         if needs.teacher:
             self._teach(known)
         self._evaluate(task.name, known)
+        if self._config.general.after == "every" or len(known) == len(self._config.tasks):
+            self.general(task.name)
 
     def joint(self) -> None:
         """Add one training on all tasks' rows."""
@@ -100,9 +92,26 @@ class _Builder:
             self._ingest(task)
         names = [task.name for task in self._config.tasks]
         inputs = {f"data.{name}": self._latest["ingest", name] for name in names}
-        settings = self._training(self._config.train.epochs, earlier=False)
+        settings = training(self._config, self._config.train.epochs, earlier=False)
         self._add("train", ALL_TASKS, settings, inputs, {"model": self._facts.model_digest})
         self._evaluate(ALL_TASKS, names)
+        self.general(ALL_TASKS)
+
+    def general(self, learnt: str) -> None:
+        """Add a measurement of general ability, if any is asked for."""
+        asked = self._config.general
+        if not asked.asked:
+            return
+        fields = {"tasks", "num_fewshot", "limit", "max_length"}
+        settings = asked.model_dump(mode="json", include=fields) | precision(self._config)
+        settings["harness"] = self._facts.harness
+        sources = (
+            {} if self._facts.definitions is None else {"definitions": self._facts.definitions}
+        )
+        if learnt == BASE:
+            sources["model"] = self._facts.model_digest
+        inputs = {} if learnt == BASE else {"model": self._latest["train", learnt]}
+        self._add("general", learnt, settings, inputs, sources)
 
     def _ingest(self, task: TaskConfig) -> None:
         facts, options = self._facts.tasks[task.name], self._config.options(task)
@@ -134,7 +143,7 @@ class _Builder:
     def _roll_out(self, known: list[str]) -> None:
         """Let the newest model answer the kept prompts of all tasks, for the next task's replay."""
         replay, newest = self._config.replay, known[-1]
-        tasks = self._decoding(known)["tasks"]
+        tasks = decoding(self._config, known)["tasks"]
         for name in known:
             settings = {
                 **tasks[name],
@@ -149,6 +158,30 @@ class _Builder:
             label = name if name == newest else retaught(name, newest)
             self._latest["rollout", name] = self._add("rollout", label, settings, inputs)
 
+    def _borrow(self, task: TaskConfig, earlier: list[str]) -> None:
+        """Let the newest model answer earlier tasks' questions about the new inputs; and teach."""
+        options = {other.name: self._config.options(other) for other in self._config.tasks}
+        fields = {"max_length", "max_answer_length", "truncate"}
+        settings = {
+            "tasks": {
+                name: options[name].model_dump(mode="json", include=fields)
+                | {"template": self._facts.tasks[name].template}
+                for name in earlier
+            },
+            "rows": self._config.replay.borrowed,
+            **precision(self._config),
+        }
+        inputs = {f"replay.{name}": self._latest["sample", name] for name in earlier}
+        inputs["data"] = self._latest["ingest", task.name]
+        self._add("borrow", task.name, settings, inputs | self._model("model", earlier))
+        if self._method.needs.teacher:
+            teaching = {
+                "teacher": self._latest["train", earlier[-1]],
+                "replay": self._latest["borrow", task.name],
+            }
+            teaching |= self._heads(earlier[-1])
+            self._add("teach", borrowed(task.name), replay_targets(self._config), teaching)
+
     def _kept(self, task: str) -> Stage:
         """Return the stage whose rows of an earlier task are replayed."""
         return self._latest["rollout" if self._on_policy else "sample", task]
@@ -160,27 +193,21 @@ class _Builder:
             inputs |= {f"replay.{name}": self._kept(name) for name in earlier}
             if self._method.needs.teacher:
                 inputs |= {f"targets.{name}": self._latest["teach", name] for name in earlier}
+            if ("borrow", task.name) in self._latest:
+                label = borrowed(task.name)
+                inputs[f"replay.{label}"] = self._latest["borrow", task.name]
+                if self._method.needs.teacher:
+                    inputs[f"targets.{label}"] = self._latest["teach", label]
         if self._method.needs.task_logits and earlier:
             inputs[f"task_targets.{task.name}"] = self._latest["teach", task.name]
         if self._method.needs.fisher and earlier:
             inputs[f"past.{FISHER}"] = self._latest["fisher", earlier[-1]]
         if self._method.needs.adapters:
             inputs |= {f"past.{name}": self._latest["train", name] for name in earlier}
-        settings = self._training(task.epochs or self._config.train.epochs, bool(earlier))
+        settings = training(
+            self._config, task.epochs or self._config.train.epochs, earlier=bool(earlier)
+        )
         self._add("train", task.name, settings, inputs | self._model("model", earlier))
-
-    def _training(self, epochs: int, earlier: bool) -> dict[str, Any]:
-        needs = self._method.needs
-        another = needs.earlier and earlier
-        method = self._method.loss_settings() if another else self._method.first_task_settings()
-        settings = identity(self._config.train) | {
-            "epochs": epochs,
-            "seed": self._config.seed,
-            "dtype": self._config.model.dtype,
-            "method": method,
-        }
-        replayed = needs.replay and earlier
-        return settings | ({"batch_ratio": self._config.replay.batch_ratio} if replayed else {})
 
     def _model(self, name: str, learnt: list[str]) -> dict[str, Stage]:
         """Return the input that is the model after the tasks learnt, nothing for the base."""
@@ -204,7 +231,7 @@ class _Builder:
             "query_budget": self._method.query_budget,
             "num_layers": shape.num_layers,
             "num_heads": shape.num_heads,
-            **self._precision(),
+            **precision(self._config),
         }
         inputs = {
             "after": self._latest["train", task.name],
@@ -225,18 +252,17 @@ class _Builder:
         """Write targets of the newest task, and of earlier ones if their heads are chosen anew."""
         method, newest = self._method, known[-1]
         again = self._on_policy or (isinstance(method, SEEKR) and method.scope == "global")
-        settings = self._teaching(method.needs.logits)
         for name in known if again else [newest]:
-            inputs = {
-                "teacher": self._latest["train", name],
-                "replay": self._kept(name),
-            }
-            if isinstance(method, SEEKR):
-                settings["query_budget"] = method.query_budget
-                settings["attention_kept"] = self._config.teach.attention_kept
-                inputs["heads"] = self._latest["select", newest]
+            inputs = {"teacher": self._latest["train", name], "replay": self._kept(name)}
             label = name if name == newest else retaught(name, newest)
-            self._latest["teach", name] = self._add("teach", label, settings, inputs)
+            found = self._add(
+                "teach", label, replay_targets(self._config), inputs | self._heads(newest)
+            )
+            self._latest["teach", name] = found
+
+    def _heads(self, newest: str) -> dict[str, Stage]:
+        """Return the input that names the heads chosen after a task."""
+        return {"heads": self._latest["select", newest]} if self._method.needs.heads else {}
 
     def _foretell(self, task: TaskConfig, previous: str) -> None:
         """Write targets on a new task's rows, by the model that will start to learn it."""
@@ -244,25 +270,13 @@ class _Builder:
             "teacher": self._latest["train", previous],
             "data": self._latest["ingest", task.name],
         }
-        label, settings = foretold(task.name, previous), self._teaching(logits=True)
+        label, settings = foretold(task.name, previous), targets(self._config, logits=True)
         self._latest["teach", task.name] = self._add("teach", label, settings, inputs)
-
-    def _teaching(self, logits: bool) -> dict[str, Any]:
-        settings = {
-            "logits": logits,
-            "logit_shift": getattr(self._method, "logit_shift", True),
-            "bits": self._config.teach.bits,
-            **self._precision(),
-        }
-        return settings | ({"logits_kept": self._config.teach.logits_kept} if logits else {})
-
-    def _precision(self) -> dict[str, Any]:
-        return {"seed": self._config.seed, "dtype": self._config.model.dtype}
 
     def _evaluate(self, learnt: str, tasks: list[str]) -> None:
         inputs = {f"data.{name}": self._latest["ingest", name] for name in tasks}
         inputs[f"model.{learnt}"] = self._latest["train", learnt]
-        self._add("evaluate", learnt, self._decoding(tasks), inputs)
+        self._add("evaluate", learnt, decoding(self._config, tasks), inputs)
 
     def _evaluate_before(self, task: TaskConfig, previous: str) -> None:
         inputs = {
@@ -270,21 +284,8 @@ class _Builder:
             f"model.{previous}": self._latest["train", previous],
         }
         sources = {f"model.{BASE}": self._facts.model_digest}
-        settings = self._decoding([task.name])
+        settings = decoding(self._config, [task.name])
         self._add("evaluate", before(task.name), settings, inputs, sources)
-
-    def _decoding(self, tasks: list[str]) -> dict[str, Any]:
-        by_name = {task.name: self._config.options(task) for task in self._config.tasks}
-        cells = {
-            name: {
-                "metric": by_name[name].metric,
-                "max_new_tokens": by_name[name].max_answer_length,
-            }
-            for name in tasks
-        }
-        if getattr(self._method, "inference", None) == "task":
-            cells = {name: cell | {"prompts": "task"} for name, cell in cells.items()}
-        return {"decoding": "greedy", "tasks": cells, "dtype": self._config.model.dtype}
 
     def _add(
         self,

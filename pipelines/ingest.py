@@ -24,7 +24,7 @@ from pipelines.inspection import inspect
 from pipelines.monitor import Reporter
 from pipelines.readers import read_rows as read_source_rows
 from pipelines.rows import BadRow, Columns, SourceRow
-from pipelines.rowsets import BAD, ROWS, TEST, TRAIN, smallest
+from pipelines.rowsets import BAD, ROWS, TEST, TRAIN, VALIDATION, smallest
 from pipelines.sources import SourceFile, list_files
 from pipelines.stage import StageOutcome
 from pipelines.transfer import cache_folder
@@ -36,11 +36,12 @@ from seekr.prompts import Example, Template, encode
 QUARANTINE = "quarantine.json"
 # A limit on rows draws them with this seed, apart from the replay draw.
 _LIMIT_SEED = 0
+_VALIDATION_SEED = 1
 _REASON = ("file", "line", "reason", "text")
 
 
 def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
-    """Run the stage; writes rows/kind={train,test}/ and quarantine.json."""
+    """Run the stage; writes rows/kind={train,test,validation}/ and quarantine.json."""
     named = next(item for item in config.tasks if item.name == task)
     settings = dict(workspace.config)
     sources = {TRAIN: named.train, TEST: named.test}
@@ -52,6 +53,8 @@ def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Report
     limits = {kind: settings[f"{kind}_rows"] for kind in sources if settings[f"{kind}_rows"]}
     if limits:
         rows = _limited(rows.materialize(), limits)
+    if settings["validation_rows"]:
+        rows = _held_out(rows.materialize(), settings["validation_rows"])
     rows.write_parquet(
         workspace.full_path(ROWS),
         filesystem=workspace.store.filesystem,
@@ -68,9 +71,13 @@ def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Report
                 f"task {task}: no {kind} row of {source} can be encoded, the first reason is: "
                 f"{reason}; at least one is needed: correct the rows"
             )
-    report.post(force=True, rows_done=sum(stats.values()))
+    num_rows = sum(stats.values())
+    report.post(force=True, rows_done=num_rows)
+    if settings["validation_rows"]:
+        stats["validation_rows"] = _count(workspace, VALIDATION)
     stats["quarantined"] = len(quarantine)
-    return StageOutcome(rows=stats["train_rows"] + stats["test_rows"], stats=stats)
+    stats["test_rows_in_train"] = len(_ids(workspace, TRAIN) & _ids(workspace, TEST))
+    return StageOutcome(rows=num_rows + stats.get("validation_rows", 0), stats=stats)
 
 
 class _Encoder:
@@ -146,6 +153,21 @@ def _limited(rows: Dataset, limits: dict[str, int]) -> Dataset:
     return rows.map_batches(wanted, batch_format="pyarrow", batch_size=None)
 
 
+def _held_out(rows: Dataset, size: int) -> Dataset:
+    """Make the training rows with the smallest hash a kind of their own."""
+    kept = smallest(rows, TRAIN, size, _VALIDATION_SEED)
+
+    ids = set(kept.to_pylist())
+
+    def moved(table: pa.Table) -> pa.Table:
+        pairs = zip(table["kind"].to_pylist(), table["row_id"].to_pylist(), strict=True)
+        kinds = [VALIDATION if kind == TRAIN and row in ids else kind for kind, row in pairs]
+        place = table.schema.get_field_index("kind")
+        return table.set_column(place, "kind", pa.array(kinds, pa.string()))
+
+    return rows.map_batches(moved, batch_format="pyarrow", batch_size=None)
+
+
 def _quarantined(workspace: Workspace) -> list[dict[str, Any]]:
     """Move the bad rows from Parquet to one readable file."""
     folder = f"{ROWS}/kind={BAD}"
@@ -159,6 +181,16 @@ def _quarantined(workspace: Workspace) -> list[dict[str, Any]]:
     )
     workspace.store.remove(workspace.path(folder))
     return table.sort_by([("file", "ascending"), ("line", "ascending")]).to_pylist()
+
+
+def _ids(workspace: Workspace, kind: str) -> set[str]:
+    table = pq.read_table(
+        workspace.full_path(f"{ROWS}/kind={kind}"),
+        filesystem=workspace.store.filesystem,
+        columns=["row_id"],
+        partitioning=None,  # pyright: ignore[reportArgumentType]
+    )
+    return set(table["row_id"].to_pylist())
 
 
 def _count(workspace: Workspace, kind: str) -> int:

@@ -20,7 +20,7 @@ from pipelines.config import StreamConfig
 from seekr.errors import ConfigError
 from seekr.methods import METHODS
 
-_PATH_FIELDS = ("model.path", "data_root")
+_PATH_FIELDS = ("model.path", "data_root", "general.folder")
 # What pydantic words for programmers.
 _MESSAGES = {
     "string_pattern_mismatch": "letters, digits, '.', '_' and '-' are allowed, the first a letter "

@@ -27,6 +27,7 @@ from pipelines.report_stages import (
     stage_rows,
     time_chart,
 )
+from pipelines.report_statistics import general_ability, measured_tasks
 from pipelines.results import StreamView
 from pipelines.svg import shorten
 from seekr.metrics import AccuracyMatrix
@@ -109,6 +110,9 @@ def _sections(view: StreamView, matrix: AccuracyMatrix) -> dict[str, Any]:
         "time_legend": time_legend,
         "stages": stage_rows(view),
         "replay": replay_section(view),
+        "measured": measured_tasks(view),
+        "general": general_ability(view),
+        "benchmark": view.config.get("benchmark"),
         "sources": view.sources(),
         "versions": view.versions(),
         "origin": origin(view),

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from pipelines.figures import Series, line_chart
 from pipelines.readable import MINUS, duration, percent, points, size
+from pipelines.report_statistics import op_hint, pairs, same_data
 from pipelines.results import StreamView
 from pipelines.svg import Frame
 from seekr.metrics import AccuracyMatrix
@@ -42,7 +43,7 @@ def tiles(view: StreamView, matrix: AccuracyMatrix) -> list[dict[str, str]]:
         "score before learning, over the base model",
     )
     return [
-        _tile("Overall performance", percent(op), "%", "mean score over the tasks learnt, OP"),
+        _tile("Overall performance", percent(op), "%", op_hint(view)),
         _tile("Backward transfer", points(paper), "pt", over, paper, missing),
         _tile(
             "Backward transfer", points(trace), "pt", "over all T tasks, TRACE's", trace, missing
@@ -126,7 +127,10 @@ def comparison(views: Sequence[StreamView], matrices: Sequence[AccuracyMatrix]) 
         if same
         else "The streams learn different tasks or orders: compare their figures with care."
     )
-    return {"rows": rows, "chart": _op_chart(views, matrices, same), "lede": lede}
+    if not same_data(views):
+        lede += " Their test data or its variant differ, so the figures cannot be compared."
+    tests = pairs(views, matrices)
+    return {"rows": rows, "chart": _op_chart(views, matrices, same), "lede": lede, "pairs": tests}
 
 
 def _op_chart(

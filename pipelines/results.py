@@ -14,16 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow.parquet as pq
+
 from pipelines.artifact import Artifact, StageRecord
-from seekr.metrics import BASE, AccuracyMatrix
+from pipelines.labels import ALL_TASKS, BASE, about, borrowed, is_before, learnt
+from seekr.metrics import AccuracyMatrix
 
 if TYPE_CHECKING:
     from pipelines.config import StreamConfig
 
-AFTER = "--after--"  # as in pipelines.graph.retaught
-BY = "--by--"  # as in pipelines.graph.foretold
-BEFORE = "--before"  # as in pipelines.graph.before
-ALL_TASKS = "all"
+PREDICTIONS = "predictions.parquet"
 State = Literal["ran", "reused"]
 
 
@@ -57,7 +57,7 @@ class StageResult:
     @property
     def learnt(self) -> str:
         """The task whose arrival made this stage necessary, for sums per task."""
-        return self.task.split(AFTER)[-1].split(BY)[0].removesuffix(BEFORE)
+        return learnt(self.task)
 
     def read_json(self, path: str) -> Any:
         """The content of a JSON output, or None when the record does not list the file."""
@@ -144,6 +144,31 @@ class StreamView:
         rows = [i for i, task in enumerate(self.tasks) if (task, task) in matrix.cells]
         return max(rows, default=None)
 
+    def final_scores(self) -> dict[str, dict[str, float]]:
+        """Scores of the newest model's test rows by task and row id; empty before any evaluation."""
+        results = [result for result in self.of("evaluate") if not is_before(result.task)]
+        if not results or not any(o.path == PREDICTIONS for o in results[-1].record.outputs):
+            return {}
+        artifact = results[-1].artifact
+        table = pq.read_table(
+            artifact.full_path(PREDICTIONS),
+            filesystem=artifact.store.filesystem,
+            columns=["task", "row_id", "score"],
+        )
+        found: dict[str, dict[str, float]] = {}
+        columns = (table[name].to_pylist() for name in ("task", "row_id", "score"))
+        for task, row_id, score in zip(*columns, strict=True):
+            found.setdefault(task, {})[row_id] = score
+        return found
+
+    def general(self) -> dict[str, dict[str, Mapping[str, Any]]]:
+        """General ability by model ("base", or the task it has learnt) and the harness's task."""
+        return {
+            result.task: content["tasks"]
+            for result in self.of("general")
+            if (content := result.read_json("general.json"))
+        }
+
     def metrics_of_tasks(self) -> dict[str, str]:
         """The name of the metric each task is scored by."""
         named: dict[str, str] = {}
@@ -173,7 +198,7 @@ class StreamView:
         """Replay store per task: its sampled rows and its last teach stage's targets."""
         sizes = []
         for sample in self.of("sample"):
-            taught = [r for r in self.of("teach") if r.task.split(AFTER)[0] == sample.task]
+            taught = [r for r in self.of("teach") if about(r.task) == sample.task]
             bytes_each = [result.num_bytes for result in taught]
             sizes.append(
                 ReplaySize(
@@ -189,6 +214,16 @@ class StreamView:
     def replay_bytes(self) -> int:
         """Bytes that the next training would read from the replay store."""
         return sum(size.row_bytes + size.target_bytes for size in self.replay())
+
+    def borrowed_bytes(self) -> int:
+        """Largest size of what one task's inputs gave for replay, with targets; used once, not kept."""
+        sizes: dict[str, int] = {}
+        for result in self.of("borrow"):
+            sizes[result.task] = sizes.get(result.task, 0) + result.num_bytes
+        for result in self.of("teach"):
+            if result.task == borrowed(result.learnt):
+                sizes[result.learnt] = sizes.get(result.learnt, 0) + result.num_bytes
+        return max(sizes.values(), default=0)
 
     def sources(self) -> list[tuple[str, str, str]]:
         """(task, source name, content digest) of everything that entered from outside."""

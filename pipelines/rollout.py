@@ -81,7 +81,7 @@ class _Roller:
 
     def _record(self, row: TokenizedRow, ids: list[int]) -> dict[str, Any]:
         text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
-        score = METRICS[self._settings["metric"]](text, row.references)
+        score = METRICS[self._settings["metric"]](text, row.references, row.input)
         ended = len(ids) < self._settings["max_new_tokens"]
         accepted = ended and score >= self._settings["accept"]
         record = row.to_record() | {"accepted": accepted}

@@ -31,7 +31,7 @@ ROW_SCHEMA = pa.schema(
 )
 # Folder of ingested rows, with a folder per kind below it.
 ROWS = "rows"
-TRAIN, TEST, BAD = "train", "test", "bad"
+TRAIN, TEST, VALIDATION, BAD = "train", "test", "validation", "bad"
 REPLAY = "replay"
 
 

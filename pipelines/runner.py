@@ -17,9 +17,11 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from pipelines.borrow import borrow
 from pipelines.config import StreamConfig
 from pipelines.evaluate import evaluate
 from pipelines.fisher import fisher
+from pipelines.general import general
 from pipelines.ingest import ingest
 from pipelines.interrupts import Interrupts
 from pipelines.lease import abandon_all, release_all
@@ -49,12 +51,14 @@ COMPUTE: dict[str, StageFunction] = {
     "ingest": ingest,
     "sample": sample,
     "rollout": rollout,
+    "borrow": borrow,
     "train": train,
     "fisher": fisher,
     "score": score,
     "select": select,
     "teach": teach,
     "evaluate": evaluate,
+    "general": general,
 }
 _TICK_SECONDS = 0.25
 _ASK_SECONDS = 2.0

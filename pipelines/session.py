@@ -22,8 +22,8 @@ from pipelines.hosts import forget_hosts
 from pipelines.train_group import end_groups
 from seekr.errors import ConfigError
 
-# Ray Train's default of 2 s is added to every short stage; polling is cheap.
-_TRAIN_POLL_SECONDS = "0.2"
+# A stage learns its end from the desk; this is how soon a dead worker is noticed. More often costs CPU.
+_TRAIN_POLL_SECONDS = "1"
 _QUIET_LOGGERS = ("ray.data", "ray.train", "ray.serve", "ray")
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from pipelines.config import DataConfig, StreamConfig, TaskConfig
+from pipelines.config import DataConfig, GeneralConfig, StreamConfig, TaskConfig
 from pipelines.fingerprint import canonical_json, file_digest, fingerprint, folder_digest
 from pipelines.inspection import SourceReport, inspect, require_good
 from pipelines.model_folder import read_model_config, read_tokenizer
@@ -52,12 +52,21 @@ class TaskFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What identifies a stream's outside inputs."""
+    """What identifies a stream's outside inputs, and what about them deserves a second look.
+
+    Attributes:
+        harness: version of lm-eval, where general ability is asked for; definitions: digest of the
+            folder with one's own tasks for it.
+        warnings: sentences.
+    """
 
     model_digest: str
     tokenizer_digest: str
     shape: ModelShape
     tasks: dict[str, TaskFacts]
+    harness: str | None = None
+    definitions: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def survey(config: StreamConfig) -> Facts:
@@ -88,15 +97,51 @@ def survey(config: StreamConfig) -> Facts:
             facts[task.name] = found
         if found is not None and tokenizer:
             problems.collect(lambda look=look, found=found: look.check_template(found, tokenizer))
+    cache = cache_folder() / "digests.json"
+    harness = definitions = None
+    if config.general.asked:
+        harness = problems.collect(lambda: _harness(config.general))
+        if config.general.folder is not None:
+            own = config.general.folder
+            definitions = problems.collect(lambda: folder_digest(own, cache))
     problems.raise_any()
     assert shape is not None
-    cache = cache_folder() / "digests.json"
     return Facts(
         model_digest=folder_digest(folder, cache),
         tokenizer_digest=_tokenizer_digest(folder, cache),
         shape=shape,
         tasks=facts,
+        harness=harness,
+        definitions=definitions,
+        warnings=tuple(_repeated_sources(facts)),
     )
+
+
+def _harness(asked: GeneralConfig) -> str:
+    from pipelines.general import check_tasks, harness_version
+
+    version = harness_version()
+    if asked.folder is not None and not asked.folder.is_dir():
+        raise ConfigError(
+            f"general.folder {asked.folder} is no folder; give the one that holds the definitions"
+        )
+    check_tasks(asked.tasks, asked.folder)
+    return version
+
+
+def _repeated_sources(facts: dict[str, TaskFacts]) -> Iterator[str]:
+    """Yield a sentence per group of sources with the same content: scores would not mean much."""
+    places: dict[str, list[str]] = {}
+    for name, task in facts.items():
+        for part, report in (("train", task.train), ("test", task.test)):
+            places.setdefault(report.digest, []).append(f"tasks.{name}.{part}")
+    for same in places.values():
+        if len(same) > 1:
+            yield (
+                f"{', '.join(same[:-1])} and {same[-1]} have the same content; a test set that is "
+                "also trained on, or two tasks that are one, say nothing about retention: check the "
+                "paths"
+            )
 
 
 class _Problems:
@@ -193,7 +238,10 @@ class _TaskLook:
         if train is None or test is None:
             return None
         num_train = min(train.num_rows, self._options.train_rows or train.num_rows)
-        if self._config.method.needs.replay:
+        held_out = self._options.validation_rows or 0
+        self._problems.collect(lambda: self._check_validation(num_train, held_out))
+        num_train -= held_out
+        if self._config.method.needs.replay and num_train > 0:
             self._problems.collect(lambda: self._check_replay(num_train))
         template = _template(self._options, train)
         return TaskFacts(train=train, test=test, template=template, num_train=num_train)
@@ -206,6 +254,13 @@ class _TaskLook:
             check_limits(template, tokenizer, options.max_length, options.max_answer_length)
         except ConfigError as error:
             raise ConfigError(f"task {self._task.name}: {error}") from error
+        borrows = self._config.method.needs.replay and self._config.replay.borrowed is not None
+        if borrows and not template.wants_definition and not "".join(template.literals).strip():
+            raise ConfigError(
+                f"task {self._task.name}: its template {facts.template!r} has no instruction apart "
+                "from the input, so replay.borrowed has nothing to put around other inputs; write the "
+                "instruction into the task's template, or set replay.borrowed to null"
+            )
         for part in ("train", "test") if template.wants_definition else ():
             rows = read_source(getattr(self._task, part), self._columns)
             first = next(row for row in rows if isinstance(row, SourceRow))
@@ -226,6 +281,19 @@ class _TaskLook:
             raise DataError(f"{what}: {error}") from error
         require_good(report, self._options.max_bad_share, what)
         return report
+
+    def _check_validation(self, num_train: int, held_out: int) -> None:
+        name = f"task {self._task.name}"
+        if held_out >= num_train:
+            raise ConfigError(
+                f"{name}: validation_rows is {held_out} and there are {num_train} training rows; "
+                f"1..{num_train - 1} is allowed: lower it"
+            )
+        if not held_out and self._config.evaluate.split == "validation":
+            raise ConfigError(
+                f"{name}: evaluate.split is validation and validation_rows is null; set "
+                "data.validation_rows, which are held out of the training rows"
+            )
 
     def _check_replay(self, num_train: int) -> None:
         replay = self._config.replay

@@ -76,6 +76,7 @@ def summary(view: StreamView) -> dict[str, Any]:
         "fwt": matrix.fwt(),
         "forgetting": matrix.forgetting(),
         "replay_bytes": view.replay_bytes(),
+        "borrowed_bytes": view.borrowed_bytes(),
     }
 
 

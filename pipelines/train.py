@@ -18,11 +18,12 @@ from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource
 from pipelines.stage import StageOutcome, Stopped
 from pipelines.train_group import train_in_group
-from pipelines.worker import TrainSpec, train_worker
+from pipelines.worker import TrainSpec
 from pipelines.workspace import CHECKPOINTS, Workspace
 from seekr.errors import SeekrError
 
 HISTORY = "history.json"
+_WORK = "pipelines.worker:train_worker"
 
 
 def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
@@ -51,7 +52,7 @@ def _fit(spec: TrainSpec, workspace: Workspace, config: StreamConfig) -> dict[st
     execution, task = spec.execution, spec.task
     adapted = workspace.config.get("lora") is not None
     try:
-        found = train_in_group(train_worker, spec, workspace, config)
+        found = train_in_group(_WORK, spec, workspace, config)
     except WorkerGroupError as error:
         noted = out_of_memory.noted(workspace.store, workspace.key, workspace.attempt)
         if noted is not None:

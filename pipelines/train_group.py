@@ -10,22 +10,20 @@ that has failed, or that holds state of a process (DeepSpeed), is never used aga
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import gc
+import pickle
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import ray.exceptions
-import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.config import StreamConfig
+from pipelines.desk import Desk, serve
 from pipelines.train_config import TrainConfig
 from pipelines.workspace import SCRATCH, Workspace
 
@@ -33,8 +31,6 @@ from pipelines.workspace import SCRATCH, Workspace
 _MIN_START_FAILURES = 10
 _LOOK_SECONDS = 0.5
 _END_SECONDS = 5.0
-
-Work = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +68,11 @@ def process_group_backend(execution: TrainConfig) -> str | None:
     return "cpu:gloo,cuda:nccl" if offloads and execution.gpus_per_worker else None
 
 
-def train_in_group(work: Work, spec: Any, workspace: Workspace, config: StreamConfig) -> Any:
+def train_in_group(work: str, spec: Any, workspace: Workspace, config: StreamConfig) -> Any:
     """Have a stage's training done by a group of workers.
 
     Args:
-        work: called on every worker with `spec`; the first worker's result counts.
+        work: `module:function`, called on every worker with `spec`; the first worker's result counts.
 
     Returns:
         The first worker's result.
@@ -104,65 +100,14 @@ def end_groups() -> None:
     _groups.end()
 
 
-class _Desk:
-    """The actor between a stage and the workers of its group: what is to do, and what came of it."""
-
-    def __init__(self) -> None:
-        self._number, self._spec, self._result = 0, None, None
-        self._done, self._starts, self._closed = 0, 0, False
-        self._changed = asyncio.Condition()
-
-    async def lay(self, spec: Any) -> Any:
-        """Lay work down and wait for (what the first worker returned, whether the group is as new)."""
-        async with self._changed:
-            self._number, self._spec = self._number + 1, spec
-            self._changed.notify_all()
-            await self._changed.wait_for(lambda: self._done == self._number)
-            return self._result, self._starts <= 1
-
-    async def take(self, last: int, first_worker: bool) -> tuple[int, Any] | None:
-        """Return the work after number `last` that is not done, when there is some; None at the end."""
-        async with self._changed:
-            self._starts += first_worker and last == 0
-            await self._changed.wait_for(
-                lambda: self._closed or self._number > max(last, self._done)
-            )
-            return None if self._closed else (self._number, self._spec)
-
-    async def done(self, number: int, result: Any) -> None:
-        """Hand in the first worker's result."""
-        async with self._changed:
-            self._done, self._result = number, result
-            self._changed.notify_all()
-
-    async def close(self) -> None:
-        """Send the workers home."""
-        async with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
-def _serve(config: Mapping[str, Any]) -> None:
-    """Entry point of `TorchTrainer`: do what lies on the desk until it closes."""
-    desk, work = config["desk"], config["work"]
-    first = ray.train.get_context().get_world_rank() == 0
-    number = 0
-    while (taken := ray.get(desk.take.remote(number, first))) is not None:
-        number, spec = taken
-        result = work(spec)
-        gc.collect()  # a model and its hooks hold each other
-        if first:
-            ray.get(desk.done.remote(number, result))
-
-
 class _Group:
     """A trainer that runs in a thread of its own, and its desk."""
 
-    def __init__(self, shape: Shape, work: Work, workspace: Workspace | None) -> None:
+    def __init__(self, shape: Shape, work: str, workspace: Workspace | None) -> None:
         self.shape, self.usable = shape, True
         self._error: BaseException | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="seekr-group-")
-        self._desk: Any = ray.remote(_Desk).options(num_cpus=0).remote()
+        self._desk: Any = ray.remote(Desk).options(num_cpus=0).remote()
         self._thread = threading.Thread(
             target=self._fit,
             args=(self._trainer(work, workspace),),
@@ -174,12 +119,13 @@ class _Group:
     def do(self, spec: Any) -> Any:
         """Return the first worker's result; raises what ended the trainer."""
         self.usable = False
-        waiting = self._desk.lay.remote(spec)
+        # In a list, so that the desk hands it on unread and need not import what it is made of.
+        waiting = self._desk.lay.remote([ray.put(spec)])
         while ray.is_initialized():  # it would start again
             ready, _ = ray.wait([waiting], timeout=_LOOK_SECONDS)
             if ready:
                 result, self.usable = ray.get(waiting)
-                return result
+                return pickle.loads(result)  # our own worker's
             if not self._thread.is_alive():
                 break
         raise self._error or RuntimeError("the training's workers left before its end")
@@ -192,7 +138,7 @@ class _Group:
             self._thread.join(_END_SECONDS)
         self._folder.cleanup()
 
-    def _trainer(self, work: Work, workspace: Workspace | None) -> TorchTrainer:
+    def _trainer(self, work: str, workspace: Workspace | None) -> TorchTrainer:
         shape = self.shape
         resources: dict[str, float] = {"CPU": shape.cpus}
         if shape.gpus:
@@ -205,7 +151,7 @@ class _Group:
                 "storage_filesystem": workspace.store.filesystem,
             }
         return TorchTrainer(
-            _serve,
+            serve,
             train_loop_config={"desk": self._desk, "work": work},
             scaling_config=ScalingConfig(
                 num_workers=shape.most
@@ -247,7 +193,7 @@ class _Groups:
         self._busy = 0
         self._changed = threading.Condition()
 
-    def take(self, shape: Shape, work: Work, room: int) -> _Group:
+    def take(self, shape: Shape, work: str, room: int) -> _Group:
         """Return a group, a new one if there is room; waits for one otherwise."""
         with self._changed:
             while True:

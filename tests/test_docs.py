@@ -54,6 +54,15 @@ OTHERS = {
     "train/profile_steps": [1, 2],
     "tracking/uri": "sqlite:///other.db",
     "ray/address": "auto",
+    "stream/benchmark": "another",
+    "general/tasks": ["boolq"],
+    "general/folder": "{folder}/data",
+}
+# What a stream has to have before a field bears anything, by section or field; {own} is its folder.
+BASES = {
+    "general": ["general.tasks=[piqa]", "general.folder={own}/data"],
+    "evaluate/split": ["data.validation_rows=5"],
+    "replay/borrowed": ["data.template='say {input}'"],
 }
 
 
@@ -159,8 +168,11 @@ def test_a_field_bears_what_the_page_says(
     by_method, folder = streams
     method = heading.partition("{name: ")[2].rstrip("}")
     method = method or BEARING.get(f"{heading}/{row.name}", "seekr")
-    before = open_stream(by_method[method])
-    after = open_stream(before.path, changes(heading, row, before.config, folder))
+    path = by_method[method]
+    basis = BASES.get(heading, BASES.get(f"{heading}/{row.name}", []))
+    basis = [text.replace("{own}", str(path.parent)) for text in basis]
+    before = open_stream(path, basis)
+    after = open_stream(path, [*basis, *changes(heading, row, before.config, folder)])
     moved = {stage.fingerprint for stage in before.stages} != {s.fingerprint for s in after.stages}
     assert before.config != after.config
     assert moved == (row.kind == "identity")

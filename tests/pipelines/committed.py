@@ -9,6 +9,7 @@ same fingerprints.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from pipelines.artifact import Artifact, StageRecord, StageRef
 from pipelines.fingerprint import fingerprint
-from pipelines.graph import retaught
+from pipelines.labels import retaught
 from pipelines.results import StageResult, State, StreamView
 from pipelines.store import Store
 from pipelines.transfer import OutputFile
@@ -127,7 +131,7 @@ def commit_stream(
             inputs={f"model.{task}": model, f"data.{task}": rows},
             files={
                 "scores.json": scores_json(tasks, k, forget),
-                "predictions.parquet": b"x" * 7000,
+                "predictions.parquet": predictions(tasks[: k + 1], k, forget),
             },
             seconds=20.0 + 6 * k,
             memory=1 << 30,
@@ -137,6 +141,7 @@ def commit_stream(
         "model": {"path": "models/tiny-7b", "dtype": "bfloat16"},
         "method": {"name": method, "head_budget": 128},
         "replay": {"ratio": 0.01},
+        "data": {"max_answer_length": 16},
         "tasks": [{"name": task, "train": f"data/{task}.jsonl"} for task in tasks],
         "tracking": {"uri": "http://ada:hunter2@mlflow.example:5000"},
     }
@@ -267,3 +272,16 @@ def heads_json(k: int, shape: tuple[int, int]) -> bytes:
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def predictions(tasks: Sequence[str], k: int, forget: float) -> bytes:
+    """100 test rows per task whose scores have the mean that scores.json tells."""
+    names, ids, scores = [], [], []
+    for j, task in enumerate(tasks):
+        right = round(100 * score_of(k, j, forget))
+        names += [task] * 100
+        ids += [f"{task}-{row}" for row in range(100)]
+        scores += [float(row < right) for row in range(100)]
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"task": names, "row_id": ids, "score": scores}), sink)
+    return sink.getvalue()

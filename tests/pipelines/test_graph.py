@@ -15,6 +15,7 @@ from pipelines.graph import build_graph
 from pipelines.load import load_config
 from pipelines.stage import Stage
 from pipelines.survey import survey
+from seekr.errors import ConfigError
 from tests.pipelines.streams import RULES, make_model, make_stream, write_yaml
 
 FIRST, SECOND, THIRD = list(RULES)[:3]
@@ -102,6 +103,8 @@ EXECUTION = {
     "bad rows": "data.max_bad_share=0.5",
     "remote code": "model.trust_remote_code=true",
     "the stream's name": "name=another",
+    "what the data is called": "benchmark=another",
+    "general pool": "general={batch_size: 3, cpus: 2, gpus: 1}",
 }
 
 
@@ -452,3 +455,94 @@ def test_random_heads_depend_on_the_seed_and_ranked_ones_do_not(draw: Draw) -> N
     both = (draw(f"seed={seed}", "method.heads=random") for seed in (0, 1))
     assert names(draw(), "select") <= touched(*both)
     assert not names(draw(), "select") & touched(draw("seed=0"), draw("seed=1"))
+
+
+TEMPLATES = tuple(
+    f"tasks.{i}.template='{name}: {{input}}'" for i, name in enumerate(list(RULES)[:3])
+)
+BORROWED = ("replay.borrowed=4", *TEMPLATES)
+
+
+def test_borrowed_rows_come_from_the_model_before_and_all_kept_instructions(draw: Draw) -> None:
+    graph = draw(METHODS["replay"], *BORROWED)
+    assert names(graph, "borrow") == {f"borrow/{SECOND}", f"borrow/{THIRD}"}
+    inputs = {name: str(stage) for name, stage in graph[f"borrow/{THIRD}"].inputs.items()}
+    assert inputs == {
+        "data": f"ingest/{THIRD}",
+        "model": f"train/{SECOND}",
+        f"replay.{FIRST}": f"sample/{FIRST}",
+        f"replay.{SECOND}": f"sample/{SECOND}",
+    }
+    training = graph[f"train/{THIRD}"].inputs
+    assert str(training[f"replay.{THIRD}--borrowed"]) == f"borrow/{THIRD}"
+    assert not [name for name in training if name.startswith("targets.")]
+
+
+def test_borrowed_rows_are_taught_by_the_model_that_answered_them(draw: Draw) -> None:
+    graph = draw(METHODS["seekr"], *BORROWED)
+    taught = graph[f"teach/{THIRD}--borrowed"].inputs
+    assert {name: str(stage) for name, stage in taught.items()} == {
+        "teacher": f"train/{SECOND}",
+        "replay": f"borrow/{THIRD}",
+        "heads": f"select/{SECOND}",
+    }
+    training = graph[f"train/{THIRD}"].inputs
+    assert str(training[f"targets.{THIRD}--borrowed"]) == f"teach/{THIRD}--borrowed"
+    before, after = draw(METHODS["seekr"], *TEMPLATES), graph
+    first = {f"{kind}/{FIRST}" for kind in ("train", "sample", "score", "select", "teach")}
+    assert all(before[name].fingerprint == after[name].fingerprint for name in first)
+
+
+def test_only_methods_with_replay_borrow(draw: Draw) -> None:
+    assert not names(draw(METHODS["ewc"], *BORROWED), "borrow")
+
+
+def test_a_task_without_an_instruction_of_its_own_cannot_be_asked_of_other_inputs(
+    draw: Draw,
+) -> None:
+    with pytest.raises(ConfigError, match="has no instruction apart from the input"):
+        draw(METHODS["replay"], "replay.borrowed=4")
+
+
+def test_general_ability_is_measured_before_and_after_learning(draw: Draw) -> None:
+    asked = "general.tasks=[piqa]"
+    assert not names(draw(), "general")
+    assert names(draw(asked), "general") == {"general/base", f"general/{THIRD}"}
+    every = draw(asked, "general.after=every")
+    assert names(every, "general") == {f"general/{name}" for name in ("base", FIRST, SECOND, THIRD)}
+    assert str(every[f"general/{SECOND}"].inputs["model"]) == f"train/{SECOND}"
+    assert every["general/base"].sources.keys() == {"model"}
+    joint = draw(asked, "method={name: mtl}")
+    assert names(joint, "general") == {"general/base", "general/all"}
+
+
+def test_general_tasks_that_do_not_exist_are_refused_at_start(draw: Draw) -> None:
+    with pytest.raises(
+        ConfigError, match=r"general.tasks has no_such_task, which lm-eval [\d.]+ does"
+    ):
+        draw("general.tasks=[no_such_task]")
+    with pytest.raises(ConfigError, match=r"general.folder .*nowhere is no folder"):
+        draw("general.tasks=[piqa]", "general.folder=nowhere")
+    with pytest.raises(ConfigError, match=r"general.tasks is set and method pp trains prompts"):
+        draw("general.tasks=[piqa]", "method={name: pp}", "data.max_length=24")
+
+
+def test_validation_rows_move_what_is_evaluated_and_nothing_that_is_learnt(draw: Draw) -> None:
+    held = draw("data.validation_rows=5")
+    chosen = draw("data.validation_rows=5", "evaluate.split=validation")
+    assert touched(held, chosen) == names(held, "evaluate")
+    assert names(held, "ingest") <= touched(draw(), held)
+    with pytest.raises(
+        ConfigError, match=r"evaluate.split is validation and validation_rows is null"
+    ):
+        draw("evaluate.split=validation")
+    with pytest.raises(ConfigError, match=r"validation_rows is 40 and there are 40 .*1\.\.39"):
+        draw("data.validation_rows=40")
+
+
+def test_sources_with_the_same_content_are_told(path: Path) -> None:
+    same = f"tasks.1.test={path.parent}/data/{FIRST}/train.jsonl"
+    config = load_config(path, [same])
+    [text] = survey(config).warnings
+    assert text.startswith(f"tasks.{FIRST}.train and tasks.{SECOND}.test have the same content")
+    assert survey(load_config(path)).warnings == ()

@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.figures import MAX_POINTS, Series, head_map, line_chart, thin
-from pipelines.graph import before, retaught
+from pipelines.labels import before, retaught
 from pipelines.readable import duration, points, size
 from pipelines.report import render_report, write_report
 from pipelines.report_accuracy import tiles
+from pipelines.report_statistics import general_ability, pairs
 from pipelines.results import StageResult, StreamView
 from pipelines.store import Store
 from pipelines.svg import Frame, nice_ticks, shorten, spread
@@ -357,3 +358,75 @@ def test_results_read_only_what_the_record_vouches_for(tmp_path: Path) -> None:
 
     assert result.read_json("heads.json") is None
     assert result.read_json("other.json") == {}
+
+
+def test_finished_streams_are_tested_row_by_row_against_each_other(tmp_path: Path) -> None:
+    views = [
+        commit_stream(tmp_path / name, name=name, method=method, forget=forget)
+        for name, method, forget in (
+            ("a", "seekr", 0.01),
+            ("b", "replay", 0.2),
+            ("c", "seqft", 0.2),
+        )
+    ]
+    matrices = [view.matrix() for view in views]
+    found = pairs(views, matrices)
+    assert found is not None and found["left_out"] == []
+    first, _, last = found["rows"]
+    ops = [matrix.op() for matrix in matrices]
+    assert first["difference"] == points(ops[0] - ops[1]) and first["rows"] == "300"
+    assert first["sure"] and float(first["p"].removeprefix("< ")) < 0.01
+    assert (last["first"], last["second"], last["difference"]) == ("b", "c", "0.0")
+    assert not last["sure"] and last["p"] == "1.0000"
+    page = Page(render_report(views)).text
+    assert "Paired tests of the final models" in page and "cannot be compared" not in page
+
+
+def test_streams_with_other_rows_or_unfinished_ones_are_not_compared(tmp_path: Path) -> None:
+    whole = commit_stream(tmp_path / "a", name="whole")
+    half = replace(
+        commit_stream(tmp_path / "b", name="half"), tasks=("sort", "reverse", "copy", "new")
+    )
+    other = commit_stream(tmp_path / "c", ("sort", "copy", "upper"), name="other")
+    views = [whole, half, other]
+    found = pairs(views, [view.matrix() for view in views])
+    assert found is not None and found["rows"] == []
+    assert found["left_out"] == [
+        "half is not finished",
+        "whole and other were not tested on the same rows",
+    ]
+    variant = replace(whole, config=whole.config | {"benchmark": "another variant"})
+    assert "cannot be compared" in Page(render_report([whole, variant])).text
+
+
+def test_a_report_says_what_was_measured(tmp_path: Path) -> None:
+    view = commit_stream(tmp_path)
+    view = replace(view, config=view.config | {"benchmark": f"TRACE {HOSTILE}"})
+    page = Page(render_report(view))
+    assert "What was measured" in page.text and "greedy, at most 16 tokens" in page.text
+    assert "Data: TRACE" in page.text and page.open == []
+    assert "standard error" in tiles(view, view.matrix())[0]["hint"]
+
+
+def test_general_ability_stands_beside_the_base_models(tmp_path: Path) -> None:
+    out = Committer(Store.open(tmp_path))
+    for model, value in (("base", 0.5), ("sort", 0.375)):
+        cell = {"metric": "acc", "value": value, "error": 0.125, "rows": 8, "all": {}}
+        content = json.dumps({"tasks": {"piqa": cell}}).encode()
+        out.commit("general", model, files={"general.json": content})
+    view = commit_stream(tmp_path / "stream")
+    found = general_ability(replace(view, stages=tuple(out.stages)))
+    assert found == {
+        "models": ["base model", "after sort"],
+        "rows": [
+            {
+                "task": "piqa",
+                "metric": "acc",
+                "cells": ["0.500 \N{PLUS-MINUS SIGN} 0.125", "0.375 \N{PLUS-MINUS SIGN} 0.125"],
+                "change": "-0.125",
+            }
+        ],
+    }
+    page = Page(render_report(replace(view, stages=view.stages + tuple(out.stages)))).text
+    assert "General ability" in page and "after sort" in page
+    assert general_ability(view) is None

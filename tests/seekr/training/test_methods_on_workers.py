@@ -20,6 +20,7 @@ from seekr.methods import METHODS, Method
 from seekr.methods.penalty import Past
 from seekr.soft_prompts import is_prompt, prefixed
 from seekr.training.build import Origin
+from seekr.training.checkpoint import load_checkpoint, take_snapshot, writer_of
 from seekr.training.loop import Training, Workers
 from seekr.training.ranges import flat
 from seekr.training.settings import Execution
@@ -59,8 +60,10 @@ def past_of(method: Method) -> Past:
     )
 
 
-def train(folder: Path, name: str, strategy: Any, size: int, rank: int, world_size: int) -> Any:
-    """Train in this process, one of several; returns the steps and how far weights have moved."""
+def begin(
+    folder: Path, name: str, strategy: Any, size: int, rank: int = 0, world_size: int = 1
+) -> Training:
+    """Return a method's training before its first step."""
     method, device = method_named(name), torch.device("cpu")
     lora = LORA if method.needs.adapters else None
     chosen = recipe(lora=lora, epochs=2, prompts=method.soft_prompts, task="new")
@@ -73,10 +76,16 @@ def train(folder: Path, name: str, strategy: Any, size: int, rank: int, world_si
         slots = method.soft_prompts.with_task("new").slots()
         rows = replace(rows, task=prefixed(rows.task, slots, 258))
     workers = Workers(rank=rank, world_size=world_size)
-    training = Training(
+    return Training(
         chosen, execution, method, rows, built, device, PAD_ID, workers,
         method.penalty(past_of(method)),
     )  # fmt: skip
+
+
+def train(folder: Path, name: str, strategy: Any, size: int, rank: int, world_size: int) -> Any:
+    """Train in this process, one of several; returns the steps and how far weights have moved."""
+    training = begin(folder, name, strategy, size, rank, world_size)
+    built = training.strategy
     before = {n: flat(p).clone() for n, p in built.model.named_parameters()}
     steps = [training.step(step) for step in range(training.num_steps)]
     moved = {n: bool((flat(p) != before[n]).any()) for n, p in built.model.named_parameters()}
@@ -84,8 +93,12 @@ def train(folder: Path, name: str, strategy: Any, size: int, rank: int, world_si
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]:
-    model = write_model(tmp_path_factory.mktemp("model"))
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Any]:
     results: dict[tuple[str, int], Any] = {}
     for workers, strategy, size in ((1, "ddp", 6), (2, "fsdp", 1)):
         cases = {
@@ -140,3 +153,21 @@ def test_the_parts_of_a_loss_that_are_logged_are_those_of_the_method(
     for part in expected:
         assert all(np.isfinite(step[part]) for step in steps)
         assert steps[0][part] > 0
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_training_that_is_left_and_taken_up_again_ends_with_the_same_bits(
+    name: str, model: Path, tmp_path: Path
+) -> None:
+    whole, left, again = (begin(model, name, "ddp", 6) for _ in range(3))
+    steps = [whole.step(step) for step in range(STEPS)]
+    for step in range(3):
+        left.step(step)
+    blocks = left.strategy.blocks()
+    take_snapshot(blocks, left.strategy.optimizer).save(tmp_path, writer_of(blocks))
+    load_checkpoint(tmp_path, again.strategy.blocks(), again.strategy.optimizer)
+    again.strategy.refresh()
+    for step in range(3, STEPS):
+        assert again.step(step)["loss"] == steps[step]["loss"]
+    ends = [dict(training.strategy.model.named_parameters()) for training in (whole, again)]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())

@@ -1,0 +1,59 @@
+"""What of a stream's config bears on a stage's result, as the settings that enter its fingerprint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.config import StreamConfig
+from pipelines.section import identity
+from seekr.methods.seekr import SEEKR
+
+
+def precision(config: StreamConfig) -> dict[str, Any]:
+    """Return the seed and the dtype of the forward passes."""
+    return {"seed": config.seed, "dtype": config.model.dtype}
+
+
+def training(config: StreamConfig, epochs: int, *, earlier: bool) -> dict[str, Any]:
+    """Return the settings of a training, with earlier tasks to keep or without."""
+    needs = config.method.needs
+    another = needs.earlier and earlier
+    method = config.method.loss_settings() if another else config.method.first_task_settings()
+    settings = identity(config.train) | {"epochs": epochs, "method": method, **precision(config)}
+    replayed = needs.replay and earlier
+    return settings | ({"batch_ratio": config.replay.batch_ratio} if replayed else {})
+
+
+def targets(config: StreamConfig, *, logits: bool) -> dict[str, Any]:
+    """Return what is written of a row by a teacher."""
+    settings = {
+        "logits": logits,
+        "logit_shift": getattr(config.method, "logit_shift", True),
+        "bits": config.teach.bits,
+        **precision(config),
+    }
+    return settings | ({"logits_kept": config.teach.logits_kept} if logits else {})
+
+
+def replay_targets(config: StreamConfig) -> dict[str, Any]:
+    """Return what is written of a replayed row."""
+    settings = targets(config, logits=config.method.needs.logits)
+    if isinstance(config.method, SEEKR):
+        settings["query_budget"] = config.method.query_budget
+        settings["attention_kept"] = config.teach.attention_kept
+    return settings
+
+
+def decoding(config: StreamConfig, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return how tasks are answered and scored."""
+    by_name = {task.name: config.options(task) for task in config.tasks}
+    cells = {
+        name: {"metric": by_name[name].metric, "max_new_tokens": by_name[name].max_answer_length}
+        for name in tasks
+    }
+    if getattr(config.method, "inference", None) == "task":
+        cells = {name: cell | {"prompts": "task"} for name, cell in cells.items()}
+    found = {"decoding": "greedy", "tasks": cells, "dtype": config.model.dtype}
+    split = config.evaluate.split
+    return found if split == "test" else found | {"split": split}
