@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -48,7 +49,9 @@ def main() -> None:
     console, started = Console(), time.monotonic()
     runs = suite.write_streams(args.out, chosen, args.orders, args.seeds)
     if args.show:
-        runs = [run for run in runs if all(s.state == "reused" for s in status_of(run.stream))]
+        runs = [
+            run for run in runs if all(s.state in ("ran", "reused") for s in status_of(run.stream))
+        ]
         views = [finished_view(run.stream) for run in runs]
     else:
         distinct = {stage.fingerprint for run in runs for stage in run.stream.stages}
@@ -61,7 +64,7 @@ def main() -> None:
             )
     rows = [suite.raw_row(run, view) for run, view in zip(runs, views, strict=True)]
     suite.write_rows(args.out / "rows.jsonl", rows)
-    (args.out / "machine.json").write_text(yaml.safe_dump(describe(), sort_keys=False))
+    (args.out / "machine.json").write_text(json.dumps(describe(), indent=1) + "\n")
     (args.out / "table.md").write_text(markdown(rows), encoding="utf-8")
     figure(rows, args.out / "retention.svg")
     console.print(table(rows))

@@ -78,7 +78,8 @@ def figure(rows: Rows, path: Path) -> None:
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("overall performance after six tasks; points are runs, bars standard errors")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower left", frameon=False)
+    if rows:
+        axes.legend(loc="lower left", frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     canvas.tight_layout()
