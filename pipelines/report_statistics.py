@@ -66,13 +66,15 @@ def general_ability(view: StreamView) -> dict[str, Any] | None:
         cells = [found[model].get(task) for model in models]
         known = [cell for cell in cells if cell is not None]
         first, last = cells[0], cells[-1]
-        changed = len(models) > 1 and first is not None and last is not None
+        change = ""
+        if len(models) > 1 and first is not None and last is not None:
+            change = f"{last['value'] - first['value']:+.3f}"
         rows.append(
             {
                 "task": task,
                 "metric": known[0]["metric"],
                 "cells": ["n/a" if cell is None else _with_error(cell) for cell in cells],
-                "change": f"{last['value'] - first['value']:+.3f}" if changed else "",
+                "change": change,
             }
         )
     titles = ["base model" if model == BASE else f"after {model}" for model in models]

@@ -42,6 +42,7 @@ class Signals:
 
     def __init__(self, report: Reporter, rank: int) -> None:
         self._asks = rank == 0
+        self._closed = threading.Event()
         self._stop = self._told = False
         self._looked = time.monotonic()
         if self._asks and report.monitor is not None:
@@ -67,10 +68,14 @@ class Signals:
             preempted, self._told = coming and not self._told, coming
         return Heard(stop=stop, preempted=preempted)
 
+    def close(self) -> None:
+        """Stop asking: the process may stay for another training."""
+        self._closed.set()
+
     def _ask(self, monitor: Any) -> None:
-        while not self._stop:
+        while not (self._stop or self._closed.is_set()):
             try:
                 self._stop = bool(ray.get(monitor.stopping.remote()))
             except ray.exceptions.RayError:
                 return  # a monitor that is gone stops nobody
-            time.sleep(_STOP_SECONDS)
+            self._closed.wait(_STOP_SECONDS)

@@ -161,7 +161,13 @@ class _Worker:
         return replace(rows, task=prefixed(rows.task, slots, vocab_size))
 
     def run(self) -> dict[str, Any] | None:
-        """Take the steps that are left, then export."""
+        """Take the steps that are left, then export; nothing of it goes on afterwards."""
+        try:
+            return self._run()
+        finally:
+            self._signals.close()
+
+    def _run(self) -> dict[str, Any] | None:
         first = self._resume()
         num_steps, every = self._training.num_steps, self._spec.execution.checkpoint_every
         for step in range(first, num_steps):
@@ -238,9 +244,12 @@ class _Worker:
         }
 
     def _end(self, result: dict[str, Any]) -> dict[str, Any] | None:
+        self._checkpoints.settle()
         return result if self._workers.rank == 0 else None
 
     def _finish(self) -> dict[str, Any] | None:
+        # Before workers meet again below: the stage removes checkpoints when the first one is done.
+        self._checkpoints.settle()
         self._place.doing, self._place.step = "writing the model", None
         with tempfile.TemporaryDirectory(prefix="seekr-model-") as path:
             folder = Path(path)
