@@ -289,7 +289,8 @@ class StreamConfig(Section):
         """Logical CPUs that let a training run beside the actors of all pools."""
         pools = (self.score, self.teach, self.evaluate)
         training = self.train.most_workers * self.train.cpus_per_worker
-        return training + sum(pool.actors * pool.cpus for pool in pools) + _TASK_CPUS
+        general = self.general.cpus if self.general.asked else 0
+        return training + sum(pool.actors * pool.cpus for pool in pools) + general + _TASK_CPUS
 
     def options(self, task: TaskConfig) -> DataConfig:
         """Return a task's options with the defaults filled in."""

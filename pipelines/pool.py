@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from pipelines.artifact import Artifact
 from pipelines.config import PoolConfig, StreamConfig
+from pipelines.pool_config import ActorConfig
 from pipelines.workspace import Workspace
 from seekr.models import AttentionName, load_model
 
@@ -57,7 +58,7 @@ class ModelSource:
         )
 
 
-def prepare_device(pool: PoolConfig) -> torch.device:
+def prepare_device(pool: ActorConfig) -> torch.device:
     """Set this process's threads to its share of cores and return its device."""
     torch.set_num_threads(max(1, int(pool.cpus)))
     return torch.device("cuda" if pool.gpus else "cpu")

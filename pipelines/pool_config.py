@@ -10,17 +10,22 @@ from pydantic import Field
 from pipelines.section import Section, execution
 
 
-class PoolConfig(Section):
-    """A pool of actors, each with the models it needs."""
+class ActorConfig(Section):
+    """A process that holds the models it needs."""
 
-    actors: int = execution(1, ge=1)
-    """Processes that hold models."""
     batch_size: int = execution(8, ge=1)
     """Rows per forward pass."""
     cpus: float = execution(1, ge=0)
-    """Cores of each."""
+    """Cores of each process."""
     gpus: float = execution(0, ge=0)
-    """Devices of each; 0 runs on the CPU."""
+    """Devices of each process; 0 runs on the CPU."""
+
+
+class PoolConfig(ActorConfig):
+    """A pool of such processes."""
+
+    actors: int = execution(1, ge=1)
+    """Processes that hold models."""
 
 
 class TeachConfig(PoolConfig):
@@ -47,7 +52,7 @@ class EvaluateConfig(PoolConfig):
     """Also score each task before it is learnt, and the base model on it (FWT)."""
 
 
-class GeneralConfig(PoolConfig):
+class GeneralConfig(ActorConfig):
     """General ability by EleutherAI's lm-eval, of the base model and after learning."""
 
     tasks: tuple[str, ...] = ()

@@ -78,15 +78,18 @@ def _check_resources(config: StreamConfig) -> None:
     pools += [config.score] * (needs.heads or needs.fisher)
     surprised = needs.replay and config.replay.sampling != "random"
     pools += [config.teach] * (needs.teacher or needs.task_logits or surprised)
+    general = [config.general] * config.general.asked
     wanted = {
         # A pool's actors keep their cores while a task brings them rows.
         "CPU": max(
             train.fewest_workers * train.cpus_per_worker,
             *(pool.actors * pool.cpus + 1 for pool in pools),
+            *(measured.cpus for measured in general),
         ),
         "GPU": max(
             train.fewest_workers * train.gpus_per_worker,
             *(pool.actors * pool.gpus for pool in pools),
+            *(measured.gpus for measured in general),
         ),
     }
     for name, needed in wanted.items():
