@@ -19,12 +19,12 @@ import ray
 from pipelines.config import GeneralConfig, StreamConfig
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device
+from pipelines.results import GENERAL
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
 from seekr.errors import ConfigError
 from seekr.models import load_tokenizer
 
-RESULTS = "general.json"
 # Of a task's metrics the first of these is its own; else the first by name.
 _PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "rougeL", "bleu", "word_perplexity")
 _BOOTSTRAPS = 1000
@@ -40,7 +40,7 @@ def general(
     settings = dict(workspace.config)
     report.post(force=True, rows_done=0)
     found = ray.get(ray.remote(_measure).options(**options).remote(model, settings, pool))
-    workspace.write_json(RESULTS, found)
+    workspace.write_json(GENERAL, found)
     stats = {name: cell["value"] for name, cell in found["tasks"].items()}
     return StageOutcome(rows=sum(cell["rows"] for cell in found["tasks"].values()), stats=stats)
 
@@ -121,23 +121,28 @@ def _measure(
     rows = found["n-samples"]
     return {
         "tasks": {
-            name: _own(metrics) | {"rows": rows[name]["effective"] if name in rows else 0}
+            name: own | {"rows": rows[name]["effective"] if name in rows else 0}
             for name, metrics in found["results"].items()
+            if (own := _own(metrics)) is not None
         },
         "versions": found["versions"],
         "harness": settings["harness"],
     }
 
 
-def _own(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a task's own metric, with its standard error where there is one, and all the others."""
+def _own(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a task's own metric, with its standard error where there is one, and all the others.
+
+    None for a group that has no metric of its own: its tasks have theirs.
+    """
     values = {
         name: float(value)
         for name, value in metrics.items()
         if "," in name and "_stderr" not in name and isinstance(value, int | float)
     }
-    ranked = sorted(values, key=lambda name: (_rank(name.split(",")[0]), name))
-    own = ranked[0]
+    if not values:
+        return None
+    own = min(values, key=lambda name: (_rank(name.split(",")[0]), name))
     metric, _, filtered = own.partition(",")
     error = metrics.get(f"{metric}_stderr,{filtered}")
     return {

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipelines.config import StreamConfig
 
 PREDICTIONS = "predictions.parquet"
+GENERAL = "general.json"
 State = Literal["ran", "reused"]
 
 
@@ -166,7 +167,7 @@ class StreamView:
         return {
             result.task: content["tasks"]
             for result in self.of("general")
-            if (content := result.read_json("general.json"))
+            if (content := result.read_json(GENERAL))
         }
 
     def metrics_of_tasks(self) -> dict[str, str]:
