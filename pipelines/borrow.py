@@ -10,14 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.config import PoolConfig, StreamConfig
 from pipelines.evaluate import ray_tables
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
-from pipelines.rowsets import REPLAY, ROW_SCHEMA, TRAIN, kind_folder, load_rows_table, rows_of
+from pipelines.rowsets import (
+    REPLAY,
+    ROW_SCHEMA,
+    TRAIN,
+    kind_folder,
+    load_rows_table,
+    rows_of,
+    write_table,
+)
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
 from seekr.borrowing import answered, borrowed_prompts, frame_of
@@ -39,11 +46,7 @@ def borrow(workspace: Workspace, config: StreamConfig, task: str, report: Report
     arguments = {"model": model, "report": report}
     with model_pool(_Answerer, arguments, workspace.key, config.evaluate, config) as through:
         rows = pa.concat_tables(ray_tables(through(rows_in_blocks(asked, config.evaluate))))
-    # One file, also where no answer ended: the next training has to find it.
-    path = f"{workspace.full_path(REPLAY)}/rows.parquet"
-    workspace.store.filesystem.create_dir(workspace.full_path(REPLAY))
-    with workspace.store.filesystem.open_output_stream(path) as sink:
-        pq.write_table(rows.sort_by("row_id"), sink)
+    write_table(rows, workspace, REPLAY)
     seeds = {"borrow": workspace.config["seed"]}
     return StageOutcome(rows=rows.num_rows, stats={"asked": asked.num_rows}, seeds=seeds)
 
@@ -66,10 +69,11 @@ def _asked(workspace: Workspace, model: ModelSource) -> pa.Table:
                 "data.max_length"
             )
         drawn = sorted(new, key=lambda row: priority(settings["seed"], f"{name}/{row.row_id}"))
+        texts = list(dict.fromkeys(row.input for row in drawn))  # each is asked about once
         rows = borrowed_prompts(
             name,
             frames,
-            [row.input for row in drawn[: settings["rows"]]],
+            texts[: settings["rows"]],
             tokenizer,
             prompt_length=options["max_length"] - options["max_answer_length"],
             truncate=truncate,

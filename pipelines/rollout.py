@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.config import PoolConfig, StreamConfig
 from pipelines.evaluate import ray_tables
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
-from pipelines.rowsets import REPLAY, ROW_SCHEMA, load_rows_table, rows_of
+from pipelines.rowsets import REPLAY, ROW_SCHEMA, load_rows_table, rows_of, write_table
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
 from seekr.collation import collate_prompts
@@ -45,13 +44,8 @@ def rollout(
     accepted = int(np.count_nonzero(found["accepted"].to_numpy()))
     if workspace.config["rejected"] == "drop":
         found = found.filter(found["accepted"])
-    rows = found.select(ROW_SCHEMA.names).sort_by("row_id")
-    # One file, also where nothing was good enough: the next training has to find it.
-    path = f"{workspace.full_path(REPLAY)}/rows.parquet"
-    workspace.store.filesystem.create_dir(workspace.full_path(REPLAY))
-    with workspace.store.filesystem.open_output_stream(path) as sink:
-        pq.write_table(rows, sink)
-    return StageOutcome(rows=rows.num_rows, stats={"asked": table.num_rows, "accepted": accepted})
+    write_table(found.select(ROW_SCHEMA.names), workspace, REPLAY)
+    return StageOutcome(rows=found.num_rows, stats={"asked": table.num_rows, "accepted": accepted})
 
 
 class _Roller:

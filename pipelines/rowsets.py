@@ -72,6 +72,14 @@ def write_rows(rows: Dataset, workspace: Workspace, folder: str) -> None:
     )
 
 
+def write_table(rows: pa.Table, workspace: Workspace, folder: str) -> None:
+    """Write a table, sorted by row id, as a Parquet folder with one file, also if it has no row."""
+    filesystem = workspace.store.filesystem
+    filesystem.create_dir(workspace.full_path(folder))
+    with filesystem.open_output_stream(f"{workspace.full_path(folder)}/rows.parquet") as sink:
+        pq.write_table(rows.sort_by("row_id"), sink)
+
+
 def smallest(rows: Dataset, kind: str | None, size: int, seed: int) -> pa.Array:
     """Return the ids of the `size` rows with the smallest hash of (seed, row id).
 

@@ -19,6 +19,7 @@ from seekr.prompts import (
     Template,
     TokenizedRow,
     Truncate,
+    cut,
     data_ids,
     eos_id_of,
     literal_ids,
@@ -53,8 +54,7 @@ def frame_of(
     fixed_start = template.names[0] == "input"
     for length in range(min(len(whole), end - start), 0, -1):
         begin = start if fixed_start else end - length
-        piece = whole[:length] if truncate == "tail" else whole[-length:]
-        if prompt[begin : begin + length] == piece:
+        if prompt[begin : begin + length] == cut(whole, length, truncate):
             return Frame(before=tuple(prompt[:begin]), after=tuple(prompt[begin + length :]))
     return None
 
@@ -72,10 +72,8 @@ def framed(
     Args:
         prompt_length: most tokens of the prompt.
     """
-    ids = data_ids(tokenizer, text)
     room = max(1, prompt_length - len(frame.before) - len(frame.after))
-    ids = ids[:room] if truncate == "tail" else ids[max(0, len(ids) - room) :]
-    return [*frame.before, *ids, *frame.after]
+    return [*frame.before, *cut(data_ids(tokenizer, text), room, truncate), *frame.after]
 
 
 def borrowed_prompts(

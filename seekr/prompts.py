@@ -225,9 +225,7 @@ def encode(
             f"{max_length - max_answer_length} tokens of a prompt, no room is left for the input: "
             "raise max_length or drop the row"
         )
-    if len(input_ids) > room:
-        input_ids = input_ids[:room] if truncate == "tail" else input_ids[len(input_ids) - room :]
-    prompt = before + input_ids + after
+    prompt = before + cut(input_ids, room, truncate) + after
     answer = data_ids(tokenizer, example.references[0])[: max_answer_length - 1]
     return TokenizedRow(
         row_id=example.row_id,
@@ -236,6 +234,11 @@ def encode(
         input_ids=np.asarray([*prompt, *answer, eos_id_of(tokenizer)], dtype=np.int32),
         prompt_length=len(prompt),
     )
+
+
+def cut(ids: list[int], room: int, truncate: Truncate) -> list[int]:
+    """Return at most `room` ids of an input: its beginning for "tail", its end for "head"."""
+    return ids[:room] if truncate == "tail" else ids[max(0, len(ids) - room) :]
 
 
 def _surroundings(
