@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import yaml
 
 from pipelines.model_folder import read_model_config
 from seekr.errors import ConfigError, DataError
-from seekr.methods.seekr import SEEKR
+from seekr.methods import METHODS, SEEKR
 from seekr.models import model_shape
 
 _FACTS = Path(__file__).with_name("benchmarks.yaml")
@@ -57,6 +57,7 @@ def benchmark_stream(
         DataError: files that are not there, all of them at once.
     """
     facts = _one_of(known_benchmarks(), name, "benchmark")
+    _one_of(METHODS, method, "method")
     chosen = _one_of(facts["orders"], order, f"order of {name}")
     folder, variant = _variant(facts, name, data, variant)
     epochs = chosen["epochs"]
@@ -82,13 +83,11 @@ def benchmark_stream(
     }
 
 
-def stream_text(stream: dict[str, Any]) -> str:
-    """Return the stream as YAML with a heading."""
-    facts = next(
-        f for f in known_benchmarks().values() if stream["benchmark"].startswith(f["title"])
-    )
+def stream_text(name: str, stream: dict[str, Any]) -> str:
+    """Return a benchmark's stream as YAML with a heading."""
+    source = known_benchmarks()[name]["source"]
     heading = (
-        f"# {stream['benchmark']}.\n# {facts['source']}.\n# Written by `seekr benchmark`. Published "
+        f"# {stream['benchmark']}.\n# {source}.\n# Written by `seekr benchmark`. Published "
         "eval and dev files are not used, as some equal the test files;\n# data.validation_rows holds "
         "rows out of the training rows.\n"
     )
@@ -161,7 +160,7 @@ def _folder_of(folder: Path, task: str) -> Path:
     return exact if exact.is_dir() or not longer else longer[0]
 
 
-def _one_of(known: dict[str, Any], name: str, what: str) -> Any:
+def _one_of(known: Mapping[str, Any], name: str, what: str) -> Any:
     if name not in known:
         raise ConfigError(f"{name!r} is no {what}; there are {', '.join(known)}")
     return known[name]

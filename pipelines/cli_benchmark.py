@@ -31,6 +31,6 @@ def benchmark(
         name, order, data, model, method, variant=variant, first=first, without=without or ()
     )
     check_target(to, "--out")
-    to.write_text(stream_text(found), encoding="utf-8")
+    to.write_text(stream_text(name, found), encoding="utf-8")
     load_config(to)
     typer.echo(f"stream: {to}")

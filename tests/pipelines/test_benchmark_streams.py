@@ -51,7 +51,7 @@ def test_a_written_stream_opens_with_all_tasks_in_order(
     publish(root / facts["variants"][variant] if variant else root, name, order)
     found = benchmark_stream(name, order, root, model, "seqft", variant=variant)
     path = tmp_path / "stream.yaml"
-    path.write_text(stream_text(found))
+    path.write_text(stream_text(name, found))
     config = load_config(path)
     survey(config)  # everything in it fits together
     assert [task.name for task in config.tasks] == facts["orders"][order]["tasks"]
@@ -122,3 +122,9 @@ def test_the_command_writes_a_stream_and_refuses_what_is_not_there(
     )
     assert isinstance(refused.exception, ConfigError)
     assert "'1' is no order of superni-seekr; there are 3, 4" in str(refused.exception)
+    to.unlink()
+    refused = CliRunner().invoke(
+        app, ["benchmark", "superni-seekr", *arguments, "--method", "nosuch"]
+    )
+    assert "'nosuch' is no method; there are seqft" in str(refused.exception)
+    assert not to.exists()
