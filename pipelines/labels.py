@@ -34,7 +34,7 @@ def is_before(label: str) -> bool:
 
 
 def about(label: str) -> str:
-    """Return the task whose rows a stage is about."""
+    """Return the task whose rows a stage is about; borrowed rows are about no task's own."""
     return label.split(_AFTER)[0].split(_BY)[0].removesuffix(_BEFORE)
 
 

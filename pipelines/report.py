@@ -113,6 +113,7 @@ def _sections(view: StreamView, matrix: AccuracyMatrix) -> dict[str, Any]:
         "measured": measured_tasks(view),
         "general": general_ability(view),
         "benchmark": view.config.get("benchmark"),
+        "held_out": view.config.get("evaluate", {}).get("split") == "validation",
         "sources": view.sources(),
         "versions": view.versions(),
         "origin": origin(view),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.labels import BASE
-from pipelines.readable import MINUS, metric_name, percent, points
+from pipelines.readable import metric_name, percent, points
 from pipelines.results import StreamView
 from seekr.metrics import AccuracyMatrix
 from seekr.statistics import Paired, Scores, holm, op_error, paired
@@ -27,7 +27,7 @@ def op_hint(view: StreamView) -> str:
 
 
 def measured_tasks(view: StreamView) -> list[dict[str, str]]:
-    """Return per task what its score is a score of: metric, rows, decoding, template, digests."""
+    """Return per task what its score is a score of: metric, rows, decoding, digests."""
     options = {task["name"]: task for task in view.config.get("tasks", ())}
     defaults = view.config.get("data", {})
     digests: dict[tuple[str, str], str] = {
@@ -125,7 +125,7 @@ def pairs(views: Sequence[StreamView], matrices: Sequence[AccuracyMatrix]) -> di
         }
         for (first, second, result), p in zip(found, adjusted, strict=True)
     ]
-    return {"rows": rows, "left_out": left_out, "minus": MINUS}
+    return {"rows": rows, "left_out": left_out}
 
 
 def same_data(views: Sequence[StreamView]) -> bool:

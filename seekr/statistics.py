@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
-from scipy.stats import permutation_test
+from scipy.stats import permutation_test, sem
 
 # Scores of rows, by task and row id.
 Scores = Mapping[str, Mapping[str, float]]
@@ -39,11 +40,7 @@ class Paired:
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Return the mean and its standard error, None for fewer than two values."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return mean, math.sqrt(variance / len(values))
+    return fmean(values), None if len(values) < 2 else float(sem(values))
 
 
 def op_error(scores: Scores) -> float | None:
@@ -96,13 +93,9 @@ def _sign_flips(weighted: np.ndarray, seed: int) -> float:
     moved = weighted[weighted != 0]  # a sign of zero changes nothing
     if len(moved) < 2:
         return 1.0
-
-    def total(values: np.ndarray, axis: int = -1) -> np.ndarray:
-        return values.sum(axis=axis)
-
     found = permutation_test(
         (moved,),
-        total,
+        np.sum,
         permutation_type="samples",
         vectorized=True,
         n_resamples=_RESAMPLES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -92,7 +93,7 @@ def _lines(rows: Rows) -> list[list[str]]:
     for name in dict.fromkeys(row["configuration"] for row in rows):
         own = [row for row in rows if row["configuration"] == name]
         by_order = [[row["op"] for row in own if row["order"] == order] for order in ("1", "2")]
-        learnt = [_mean([row["matrix"][i][i] for i in range(len(row["tasks"]))]) for row in own]
+        learnt = [fmean([row["matrix"][i][i] for i in range(len(row["tasks"]))]) for row in own]
         found.append(
             [
                 name,
@@ -100,17 +101,13 @@ def _lines(rows: Rows) -> list[list[str]]:
                 *map(_percent, by_order),
                 *(_percent([row[key] for row in own]) for key in ("op", "bwt", "bwt_t")),
                 _percent(learnt),
-                f"{_mean([row['seconds'] for row in own]):.0f}",
+                f"{fmean([row['seconds'] for row in own]):.0f}",
                 f"{max(row['peak_memory_bytes'] for row in own) / 2**20:.0f}",
-                f"{_mean([row['replay_bytes'] for row in own]) / 1024:.0f}",
-                f"{_mean([row['borrowed_bytes'] for row in own]) / 1024:.0f}",
+                f"{fmean([row['replay_bytes'] for row in own]) / 1024:.0f}",
+                f"{fmean([row['borrowed_bytes'] for row in own]) / 1024:.0f}",
             ]
         )
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _percent(values: Sequence[float]) -> str:
