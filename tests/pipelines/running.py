@@ -12,10 +12,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
+import ray
+from ray.util.state import list_actors
 
 RUN_SECONDS = 1200
+
+
+def workers_started() -> int:
+    """Return how many training workers the cluster of this process has ever started."""
+    actors: list[Any] = list_actors(ray.get_runtime_context().gcs_address, limit=10_000)
+    return sum(actor.class_name.startswith("RayTrainWorker") for actor in actors)
 
 
 @dataclass(slots=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import ray
-from ray.util.state import list_actors
 
 from pipelines.session import ray_session
 from pipelines.stream import open_stream, run_streams
 from pipelines.train_config import TrainConfig
 from pipelines.train_group import Shape
+from tests.pipelines.running import workers_started
 from tests.pipelines.streams import make_stream
 
 pytestmark = pytest.mark.ray
@@ -28,11 +26,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(path: Path) -> Iterator[None]:
     with ray_session([open_stream(path, ["train.workers=2"]).config]):
         yield
-
-
-def started() -> int:
-    actors: list[Any] = list_actors(ray.get_runtime_context().gcs_address, limit=10_000)
-    return sum(actor.class_name.startswith("RayTrainWorker") for actor in actors)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +47,9 @@ def test_all_tasks_of_a_local_stream_are_learnt_by_one_group(
     path: Path, cluster: None, tmp_path: Path
 ) -> None:
     together = run(path, f"storage={tmp_path / 'a'}")
-    before = started()
+    before = workers_started()
     again = run(path, f"storage={tmp_path / 'b'}")
-    assert started() == before == 1
+    assert workers_started() == before == 1
     assert len(together) == 3 and again == together
 
 
@@ -64,19 +57,19 @@ def test_another_shape_gets_another_group_and_the_same_weights(
     short: Path, cluster: None, tmp_path: Path
 ) -> None:
     first = run(short, f"storage={tmp_path / 'a'}", "train.max_failures=1")
-    before = started()
+    before = workers_started()
     second = run(short, f"storage={tmp_path / 'b'}", "train.max_failures=2")
-    assert started() == before + 1 and second == first
+    assert workers_started() == before + 1 and second == first
 
 
 def test_a_group_that_may_change_its_size_is_made_for_one_stage(
     short: Path, cluster: None, tmp_path: Path
 ) -> None:
-    before = started()
+    before = workers_started()
     run(short, f"storage={tmp_path / 'a'}", "train.workers={min: 1, max: 2}")
-    middle = started()
+    middle = workers_started()
     run(short, f"storage={tmp_path / 'b'}", "train.workers={min: 1, max: 2}")
-    assert before < middle < started()
+    assert before < middle < workers_started()
 
 
 def test_a_shape_is_what_a_group_is_started_with() -> None:

@@ -11,9 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-import ray
 import torch
-from ray.util.state import list_actors
 
 from pipelines import out_of_memory
 from pipelines.out_of_memory import explain, explain_kill, is_out_of_memory
@@ -24,6 +22,7 @@ from pipelines.stream import open_stream, run_streams, status_of
 from pipelines.train_config import LoraConfig, TrainConfig
 from pipelines.train_group import failure_config, process_group_backend
 from seekr.errors import SeekrError
+from tests.pipelines.running import workers_started
 from tests.pipelines.streams import make_model, make_stream, task_rows, write_rows
 
 ray_test = pytest.mark.ray
@@ -39,11 +38,6 @@ def stream_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(stream_path: Path) -> Iterator[None]:
     with ray_session([open_stream(stream_path, ["train.workers=2"]).config]):
         yield
-
-
-def workers_started() -> int:
-    actors: list[Any] = list_actors(ray.get_runtime_context().gcs_address, limit=10_000)
-    return sum(actor.class_name.startswith("RayTrainWorker") for actor in actors)
 
 
 def run_and_fail(path: Path, storage: Path, *changes: str) -> tuple[str, int]:
