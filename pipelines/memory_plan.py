@@ -149,8 +149,12 @@ def work_of(config: StreamConfig, train: TrainConfig, rows: Rows, layers: int) -
     share = math.ceil(train.batch_size / workers)
     replay = config.method.needs.replay and len(config.tasks) > 1
     replayed = math.ceil(math.ceil(config.replay.batch_ratio * train.batch_size) / workers)
+    later = len(config.tasks) > 1
     if train.pack_tokens is None:
-        task, passes = _padded(min(size, share), rows), math.ceil(share / size)
+        own = config.method.needs.task_logits and later
+        targets = Distillation(logits_kept=config.teach.logits_kept) if own else None
+        task = _padded(min(size, share), rows, targets)
+        passes = math.ceil(share / size)
     else:
         tokens = max(train.pack_tokens, rows.tokens)
         task = Pass(rows=1, tokens=tokens, answers=tokens, masked=share > 1)
@@ -160,6 +164,7 @@ def work_of(config: StreamConfig, train: TrainConfig, rows: Rows, layers: int) -
         replay=_padded(min(size, replayed), rows, _targets(config, layers)) if replay else None,
         task_passes=passes,
         replay_passes=math.ceil(replayed / size) if replay else 0,
+        penalty=_penalty(config) if later else 0,
     )
 
 
@@ -188,6 +193,15 @@ def _targets(config: StreamConfig, layers: int) -> Distillation | None:
     )
 
 
+def _penalty(config: StreamConfig) -> float:
+    """Return the numbers that a penalty keeps per trained number."""
+    needs = config.method.needs
+    if needs.fisher:
+        return 2  # precision and anchor of all earlier tasks together
+    # A of every earlier task's adapters, which are A and B: about half of their numbers.
+    return 0.5 * (len(config.tasks) - 1) if needs.adapters else 0
+
+
 def _options(config: StreamConfig) -> Iterator[Any]:
     return (config.options(task) for task in config.tasks)
 
@@ -195,13 +209,24 @@ def _options(config: StreamConfig) -> Iterator[Any]:
 def _longest(stream: Stream) -> Rows:
     """Return the longest of all tasks' rows, as ingested where all of them are and lie here."""
     known = [_ingested(stream, task) for task in stream.config.tasks]
+    virtual = _virtual_tokens(stream.config)
     if all(known):
         tokens, answers = (max(pair[index] for pair in known if pair) for index in (0, 1))
-        return Rows(tokens=tokens, answers=answers, known=True)
+        return Rows(tokens=tokens + virtual, answers=answers, known=True)
     options = list(_options(stream.config))
     tokens = max(option.max_length for option in options)
     answers = max(min(option.max_answer_length, option.max_length) for option in options)
-    return Rows(tokens=tokens, answers=answers, known=False)
+    return Rows(tokens=tokens + virtual, answers=answers, known=False)
+
+
+def _virtual_tokens(config: StreamConfig) -> int:
+    """Return how many prompt vectors stand before a row of the last task."""
+    prompts = config.method.soft_prompts
+    if prompts is None:
+        return 0
+    for task in config.tasks:
+        prompts = prompts.with_task(task.name)
+    return len(prompts.slots())
 
 
 def _ingested(stream: Stream, task: TaskConfig) -> tuple[int, int] | None:
@@ -225,6 +250,7 @@ class _Asked:
         self._device: Device = device
         self._layers = stream.facts.shape.num_layers
         self._known: dict[str, ModelSizes] = {}
+        self.prompts = self._config.method.needs.prompts
 
     def _sizes(self, train: TrainConfig) -> ModelSizes:
         """Build the empty model once with each kind of adapters."""
@@ -236,7 +262,9 @@ class _Asked:
         return self._known[key]
 
     def _recipe(self, train: TrainConfig) -> Recipe:
-        return Recipe.of(identity(train) | {"dtype": self._config.model.dtype})
+        settings = identity(train) | {"dtype": self._config.model.dtype}
+        # Of the prompts of a stream the newest one's training says what all of them are.
+        return Recipe.of(settings, "last", self._config.method.soft_prompts)
 
     def of(self, train: TrainConfig) -> MemoryEstimate:
         """Return what one of its workers needs."""
@@ -253,7 +281,7 @@ class _Asked:
 
 def _search(ask: _Asked, train: TrainConfig, device: Device, memory: int) -> Iterator[Alternative]:
     """Yield of each kind of change the mildest one that fits with the estimate's error."""
-    for family in _families(train, device):
+    for family in _families(train, device, ask.prompts):
         for changes in family:
             changed = train.model_copy(update=changes)
             share = memory
@@ -277,8 +305,12 @@ def _alternative(changes: Mapping[str, Any], peak: int) -> Alternative:
     )
 
 
-def _families(train: TrainConfig, device: Device) -> Iterator[list[dict[str, Any]]]:
-    """Yield changes of one kind, mildest first; kinds in the order of what they cost in speed."""
+def _families(train: TrainConfig, device: Device, prompts: bool) -> Iterator[list[dict[str, Any]]]:
+    """Yield changes of one kind, mildest first; kinds in the order of what they cost in speed.
+
+    Args:
+        prompts: Whether prompts are trained, with which there are no adapters.
+    """
     again = {} if train.activation_checkpointing else {"activation_checkpointing": True}
     sizes = [train.micro_batch_size >> n for n in range(1, train.micro_batch_size.bit_length())]
     smaller: list[dict[str, Any]] = [{"micro_batch_size": size} for size in sizes]
@@ -295,7 +327,7 @@ def _families(train: TrainConfig, device: Device) -> Iterator[list[dict[str, Any
     counts = [workers << n for n in range(1, 7) if workers << n <= _MOST_WORKERS]
     kept = {} if train.strategy != "ddp" else {"strategy": "fsdp"}
     yield [kept | {"workers": count} | more for count in counts for more in milder]
-    if train.lora is None:
+    if train.lora is None and not prompts:
         yield [{"lora": LoraConfig()} | more for more in milder]
         if train.strategy == "ddp" and train.optimizer == "adamw":
             yield [{"optimizer": "adamw_8bit"} | more for more in milder]

@@ -20,6 +20,7 @@ _WHAT = {
     "gathered": "whole layers, casts, buffers of reductions",
     "activations": "what backward reads, logits in chunks",
     "teacher": "targets of replayed rows, tiles of maps",
+    "penalty": "earlier weights or adapters of a penalty",
     "checkpoint": "copy that is written while training goes on",
     "process": "before the first tensor",
 }

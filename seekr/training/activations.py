@@ -110,7 +110,7 @@ def kept_by_layer(sizes: ModelSizes, numbers: Numbers, work: Pass) -> int:
     norms = 2 * _norm(sizes, numbers)
     if numbers.casts:  # every linear layer keeps a cast of its own
         inputs = product * width * sum(map(len, from_norms))
-        inputs += product * sizes.queries if sizes.adapted and ATTENTION_OUT in targets else 0
+        inputs += product * sizes.queries if sizes.base_frozen and ATTENTION_OUT in targets else 0
     else:  # layers with one input share it
         inputs = product * width * sum(map(bool, from_norms))
     # SDPA keeps queries, keys, values, output and a number per row. Under a mask it cannot share heads.
@@ -128,7 +128,7 @@ def kept_by_layer(sizes: ModelSizes, numbers: Numbers, work: Pass) -> int:
 def _norm(sizes: ModelSizes, numbers: Numbers) -> int:
     """An RMSNorm squares its input in float32 and keeps the root; its weight's gradient needs what the
     weight multiplies."""
-    return (4 + (0 if sizes.adapted else numbers.stream)) * sizes.width + 4
+    return (4 + (0 if sizes.base_frozen else numbers.stream)) * sizes.width + 4
 
 
 def _dropped(sizes: ModelSizes, product: int) -> int:
@@ -183,8 +183,8 @@ def head_backward(sizes: ModelSizes, numbers: Numbers, work: Pass) -> int:
     logits = whole + int(copies * 4 * positions * sizes.vocab)
     # The head's weight is cast where autocast would; its gradient is summed in float32, product by
     # product.
-    cast = 2 * sizes.head if numbers.casts and not sizes.adapted else 0
-    gradient = 0 if sizes.adapted else 4 * sizes.head
+    cast = 2 * sizes.head if numbers.casts and not sizes.base_frozen else 0
+    gradient = 0 if sizes.base_frozen else 4 * sizes.head
     gradient += 2 * sizes.head if gradient and numbers.product == 2 else 0
     hidden = numbers.stream * sizes.width * (work.answers + work.positions)
     return logits + cast + gradient + hidden

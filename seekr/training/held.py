@@ -80,7 +80,7 @@ def _ddp(sizes: ModelSizes, recipe: Recipe, numbers: Numbers, workers: int) -> H
     """
     trained = sizes.trained
     state = _EIGHT_BIT_STATE if recipe.optimizer == "adamw_8bit" else 8
-    cast = sizes.adapters if sizes.adapted else sizes.linear
+    cast = sizes.adapters if sizes.base_frozen else sizes.linear
     buckets = 4 * trained if workers > 1 else 0
     return Held(
         parameters=4 * trained + recipe.dtype.itemsize * sizes.frozen,
@@ -126,7 +126,7 @@ def _fsdp(
         after=4 * share,
         begun=reduced,
         reduced=reduced,
-        apart=0 if sizes.adapted else numbers.product * sizes.head,
+        apart=0 if sizes.base_frozen else numbers.product * sizes.head,
         # The root's gradients are reduced last and all at once.
         largest=(numbers.product + 4) * sizes.trained_root,
         step=0,
@@ -236,4 +236,4 @@ def _offloaded(held: Held, execution: Execution, masters: int, share: int, produ
 
 def _largest(sizes: ModelSizes) -> int:
     """Numbers of the largest trained tensor: the embedding, or an adapter's side of the MLP."""
-    return sizes.rank * sizes.inner if sizes.adapted else sizes.head
+    return max(sizes.rank * sizes.inner, sizes.prompts) if sizes.base_frozen else sizes.head

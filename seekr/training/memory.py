@@ -47,12 +47,14 @@ class Work:
     Attributes:
         task, replay: the largest pass of each kind; None where there is no replay.
         task_passes, replay_passes: how many of each kind a step has.
+        penalty: float32 numbers that a loss on the weights keeps, per trained number.
     """
 
     task: Pass
     replay: Pass | None = None
     task_passes: int = 1
     replay_passes: int = 0
+    penalty: float = 0.0
 
     @property
     def passes(self) -> int:
@@ -70,6 +72,7 @@ class Parts:
         gathered: whole layers, casts, and the buffers gradients are reduced in.
         activations: what backward reads, logits, and what a backward step adds.
         teacher: targets of replayed rows, tiles of attention maps.
+        penalty: what a loss on the weights compares them with.
         checkpoint: a copy of masters and state that is being written; an export's files.
         process: everything before the first tensor.
     """
@@ -80,6 +83,7 @@ class Parts:
     gathered: int = 0
     activations: int = 0
     teacher: int = 0
+    penalty: int = 0
     checkpoint: int = 0
     process: int = 0
 
@@ -136,6 +140,9 @@ def estimate(
     if execution.strategy == "deepspeed":
         process += DEEPSPEED_BYTES
     phases = _phases(_Step(sizes, Numbers.of(recipe, execution), execution, held), work)
+    share = 1 if execution.strategy == "ddp" else workers
+    penalty = int(4 * work.penalty * sizes.trained / share)
+    phases = {name: replace(parts, penalty=penalty) for name, parts in phases.items()}
     export = _exported(sizes, recipe, execution)
     if device == "cuda":
         base = CUDA_BYTES + (NCCL_BYTES if workers > 1 else 0)
@@ -145,7 +152,7 @@ def estimate(
         name: replace(parts, process=process, checkpoint=held.saved)
         for name, parts in phases.items()
     }
-    found["export"] = replace(_still(held), process=process, checkpoint=export)
+    found["export"] = replace(_still(held), process=process, penalty=penalty, checkpoint=export)
     return MemoryEstimate(device=found, host=0)
 
 
@@ -196,7 +203,7 @@ def _of_pass(step: _Step, kind: Pass, later: bool, several: bool) -> dict[str, P
     backward = layer_backward(sizes, numbers, kind)
     after = max(held.between, held.after) if several else held.after
     head = held.apart  # the head's gradient, where it is not among the others
-    if not (head or later or held.before or sizes.adapted):
+    if not (head or later or held.before or sizes.base_frozen):
         head = numbers.product * sizes.head
     return {
         "losses": replace(still, activations=kept + head_backward(sizes, numbers, kind)),
@@ -231,6 +238,6 @@ def _exported(sizes: ModelSizes, recipe: Recipe, execution: Execution) -> int:
     A whole float32 model that is exported in float32 is written from where it lies.
     """
     own = sizes.total - sizes.adapters
-    if execution.strategy == "ddp" and recipe.dtype.itemsize == 4 and not sizes.adapted:
+    if execution.strategy == "ddp" and recipe.dtype.itemsize == 4 and not sizes.base_frozen:
         return 0
     return min(SHARD_BYTES, recipe.dtype.itemsize * own) + 4 * sizes.head

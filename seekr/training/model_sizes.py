@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from seekr.answers import has_plain_head
 from seekr.models import model_shape
+from seekr.soft_prompts import is_prompt
 from seekr.training.build import Origin, decoder_layers, empty_model, is_adapter
 from seekr.training.settings import Lora, Recipe
 
@@ -37,8 +36,10 @@ class ModelSizes:
         linear: of the matrices in all layers, which autocast makes copies of.
         trained, frozen: all numbers that are updated, and those that are not.
         adapters: trained numbers that belong to adapters.
+        prompts: trained numbers of prompts and their keys.
         rank, dropout: of the adapters, 0 without.
-        targets: linear layers with an adapter; all of them are trained themselves without.
+        targets: linear layers with an adapter; all of them are trained themselves without, and none
+            is where prompts are trained.
         plain_head: whether logits can be read in chunks.
     """
 
@@ -57,6 +58,7 @@ class ModelSizes:
     trained: int
     frozen: int
     adapters: int
+    prompts: int
     rank: int
     dropout: float
     targets: tuple[str, ...]
@@ -68,8 +70,9 @@ class ModelSizes:
         return self.trained + self.frozen
 
     @property
-    def adapted(self) -> bool:
-        return self.rank > 0
+    def base_frozen(self) -> bool:
+        """Whether only adapters or prompts are trained."""
+        return self.rank > 0 or self.prompts > 0
 
     @property
     def queries(self) -> int:
@@ -84,12 +87,12 @@ class ModelSizes:
     @property
     def trained_root(self) -> int:
         """Trained numbers outside of layers."""
-        return 0 if self.adapted else self.root
+        return self.prompts if self.base_frozen else self.root
 
     @property
     def trained_layer(self) -> int:
         """Trained numbers of one layer."""
-        return self.adapters // self.layers if self.adapted else self.layer
+        return self.adapters // self.layers if self.base_frozen else self.layer
 
 
 def read_sizes(origin: Origin, recipe: Recipe) -> ModelSizes:
@@ -99,15 +102,13 @@ def read_sizes(origin: Origin, recipe: Recipe) -> ModelSizes:
         ConfigError: the recipe's adapters name layers that the model lacks.
         UnsupportedModel: the configuration does not name its layers and heads.
     """
-    return sizes_of(empty_model(origin, recipe), recipe.lora)
-
-
-def sizes_of(model: PreTrainedModel, lora: Lora | None) -> ModelSizes:
-    """Return the sizes of a model, on any device."""
+    model, lora = empty_model(origin, recipe), recipe.lora
     shape, text = model_shape(model.config), model.config.get_text_config()
     layers = decoder_layers(model)
     named = list(model.named_parameters())
-    own = sum(p.numel() for name, p in named if not is_adapter(name))
+    own = sum(p.numel() for name, p in named if not is_adapter(name) and not is_prompt(name))
+    adapters = sum(p.numel() for name, p in named if is_adapter(name))
+    prompts = [p for name, p in named if is_prompt(name)]
     in_layers = [(n, p) for layer in layers for n, p in layer.named_parameters()]
     in_layers = [(name, p) for name, p in in_layers if not is_adapter(name)]
     in_layer = sum(p.numel() for _, p in in_layers)
@@ -128,14 +129,15 @@ def sizes_of(model: PreTrainedModel, lora: Lora | None) -> ModelSizes:
         tied=head is not None and head.weight is embedding.weight,
         linear=sum(p.numel() for _, p in in_layers if p.dim() == 2),
         trained=trained,
-        frozen=own + _adapter_numbers(model) - trained,
-        adapters=_adapter_numbers(model),
+        frozen=own + adapters + sum(p.numel() for p in prompts) - trained,
+        adapters=adapters,
+        prompts=sum(p.numel() for p in prompts if p.requires_grad),
         rank=0 if lora is None else lora.rank,
         dropout=0.0 if lora is None else lora.dropout,
-        targets=ALL_LINEAR if lora is None or lora.targets is None else lora.targets,
+        targets=() if prompts else _targets(lora),
         plain_head=has_plain_head(model),
     )
 
 
-def _adapter_numbers(model: PreTrainedModel) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
+def _targets(lora: Lora | None) -> tuple[str, ...]:
+    return ALL_LINEAR if lora is None or lora.targets is None else lora.targets

@@ -105,6 +105,41 @@ def test_replay_and_targets_are_there_for_the_methods_that_have_them(
     assert bool(work.replay and work.replay.distillation) == targets
 
 
+@pytest.mark.parametrize(
+    ("method", "numbers"), [("ewc", 2), ("olora", 0.5), ("seqft", 0), ("derpp", 0)]
+)
+def test_what_a_penalty_keeps_is_counted_per_worker(
+    path: Path, method: str, numbers: float
+) -> None:
+    changes = [f"method={{name: {method}}}", "train.workers=2", "train.strategy=fsdp"]
+    changes += ["train.lora={rank: 4}"] if method == "olora" else []
+    plan = plan_memory(opened(path, *changes))
+    assert plan.work.penalty == numbers
+    trained = plan.estimate.parts.optimizer // 8  # a worker's share of it
+    assert plan.estimate.parts.penalty == pytest.approx(4 * numbers * trained, rel=1e-3)
+
+
+def test_targets_on_the_new_tasks_own_rows_are_counted(path: Path) -> None:
+    plan = plan_memory(opened(path, "method={name: lwf}"))
+    assert plan.work.task.distillation is not None and plan.estimate.parts.teacher > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "virtual"), [("name: pp, prompt_length: 7", 14), ("name: l2p", 25)]
+)
+def test_prompts_are_longer_rows_before_a_frozen_model(
+    large: Any, method: str, virtual: int
+) -> None:
+    short = "data.max_length=32"
+    prompts, whole = large(f"method={{{method}}}", short), large("method={name: seqft}", short)
+    assert prompts.rows.tokens == whole.rows.tokens + virtual
+    assert prompts.estimate.parts.optimizer < 2**21 < whole.estimate.parts.optimizer
+    assert prompts.estimate.parts.parameters < 0.6 * whole.estimate.parts.parameters
+    assert prompts.verdict == "fits" and whole.verdict == "does not fit"
+    small = large(f"method={{{method}}}", short, gib=14.0)
+    assert not [item for item in small.alternatives if "train.lora" in item.changes]
+
+
 def test_elastic_training_is_planned_with_its_fewest_workers(path: Path) -> None:
     elastic = plan_memory(opened(path, "train.workers={min: 2, max: 8}"))
     fixed = plan_memory(opened(path, "train.workers=2"))
