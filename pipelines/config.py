@@ -31,11 +31,23 @@ from seekr.methods.olora import OLoRA
 from seekr.methods.opr import OPR
 from seekr.methods.pp import ProgressivePrompts
 from seekr.methods.replay import Replay
+from seekr.methods.sapt import SAPT
 from seekr.methods.seekr import SEEKR
 from seekr.methods.seqft import SeqFT
 
 AnyMethod = Annotated[
-    SeqFT | Replay | DERpp | SEEKR | OPR | LwF | EWC | OLoRA | L2P | ProgressivePrompts | MTL,
+    SeqFT
+    | Replay
+    | DERpp
+    | SEEKR
+    | OPR
+    | LwF
+    | EWC
+    | OLoRA
+    | L2P
+    | ProgressivePrompts
+    | SAPT
+    | MTL,
     Field(discriminator="name"),
 ]
 Metric = Literal["exact_match", "accuracy", "rouge_l", "edit_similarity", "bleu", "sari"]
@@ -258,10 +270,10 @@ class StreamConfig(Section):
     @model_validator(mode="after")
     def _method_can_be_trained(self) -> StreamConfig:
         method, train = self.method, self.train
-        if train.pack_tokens is not None and (method.needs.task_logits or method.needs.prompts):
+        if train.pack_tokens is not None and (method.needs.task_logits or method.needs.addition):
             raise ValueError(
                 f"train.pack_tokens is {train.pack_tokens} and method {method.name} has targets or "
-                "prompts for single rows; null is needed"
+                "an addition for single rows; null is needed"
             )
         if method.needs.penalty and train.strategy == "deepspeed":
             raise ValueError(
@@ -272,15 +284,22 @@ class StreamConfig(Section):
             raise ValueError(
                 f"train.lora is null and method {method.name} is about adapters; set train.lora.rank"
             )
-        if train.lora is not None and (method.needs.fisher or method.needs.prompts):
+        if train.lora is not None and (method.needs.fisher or method.needs.addition):
             raise ValueError(
                 f"train.lora is set and method {method.name} is not about adapters, under which the "
                 "weights stay frozen; set train.lora to null"
             )
-        if self.general.asked and method.needs.prompts:
+        replay = self.replay
+        if method.needs.weights and (replay.borrowed is not None or replay.answers != "gold"):
+            name = "borrowed" if replay.borrowed is not None else "answers"
             raise ValueError(
-                f"general.tasks is set and method {method.name} trains prompts, which lm-eval does not "
-                "put before its rows, so it would measure the base model; leave general.tasks empty"
+                f"replay.{name} is set and method {method.name} replays the prompts of kept rows alone, "
+                f"without answers; leave replay.{name} out"
+            )
+        if self.general.asked and method.needs.addition:
+            raise ValueError(
+                f"general.tasks is set and method {method.name} trains an addition to a frozen model, which "
+                "lm-eval does not know how to use; leave general.tasks empty"
             )
         return self
 
@@ -291,6 +310,14 @@ class StreamConfig(Section):
         training = self.train.most_workers * self.train.cpus_per_worker
         general = self.general.cpus if self.general.asked else 0
         return training + sum(pool.actors * pool.cpus for pool in pools) + general + _TASK_CPUS
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Trained vectors that stand before a row once all tasks are learnt."""
+        addition = self.method.addition
+        for task in self.tasks:
+            addition = addition and addition.with_task(task.name)
+        return addition.virtual_tokens if addition else 0
 
     def options(self, task: TaskConfig) -> DataConfig:
         """Return a task's options with the defaults filled in."""

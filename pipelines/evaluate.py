@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -23,13 +24,17 @@ from pipelines.results import PREDICTIONS
 from pipelines.rowsets import TEST, kind_folder, load_rows_table, rows_of
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
-from seekr.collation import collate_prompts
+from seekr.addition import addition_of
+from seekr.collation import collate, collate_prompts
 from seekr.metrics import METRICS
 from seekr.models import generate_greedy, load_tokenizer
 from seekr.prompts import TokenizedRow, eos_id_of, pad_id_of
-from seekr.soft_prompts import prefixed, prompting_of
+from seekr.shared_attention import Attending, weights_of
+from seekr.soft_prompts import Prompting
 
 CELLS = "scores.json"
+# Column of predictions by a model with shared attention: the task whose block had most weight.
+BLOCK = "block"
 PREDICTION_SCHEMA = pa.schema(
     [
         ("model_after", pa.string()),
@@ -75,7 +80,8 @@ def evaluate(
         seconds = time.monotonic() - started
         cells += [_cell(found, name, other, tasks[other], seconds) for other in tasks]
     with workspace.store.filesystem.open_output_stream(workspace.full_path(PREDICTIONS)) as sink:
-        pq.write_table(pa.concat_tables(predictions), sink)
+        # A model before its first task has no blocks.
+        pq.write_table(pa.concat_tables(predictions, promote_options="default"), sink)
     workspace.write_json(CELLS, {"cells": cells, "decoding": {"strategy": "greedy"}})
     stats = {f"{cell['model_after']}/{cell['task']}": cell["score"] for cell in cells}
     return StageOutcome(rows=table.num_rows * len(models), stats=stats)
@@ -95,7 +101,11 @@ def _cell(
 ) -> dict[str, Any]:
     own = predictions.filter(column("task") == task)
     share = own.num_rows / predictions.num_rows
-    return {
+    selected: dict[str, Any] = {}
+    if BLOCK in own.column_names:
+        hits = own[BLOCK].to_pylist().count(task)
+        selected = {"selection_accuracy": hits / own.num_rows}
+    return selected | {
         "model_after": model.removeprefix("model."),
         "task": task,
         "metric": settings["metric"],
@@ -130,12 +140,12 @@ class _Generator:
         return pa.concat_tables(parts)
 
     def _with_prompts(self, rows: list[TokenizedRow], task: str) -> list[TokenizedRow]:
-        found = prompting_of(self._model)
-        if found is None:
+        found = addition_of(self._model)
+        if not isinstance(found, Prompting):
             return rows
         # A task that is not learnt yet is asked with all prompts there are.
         own = self._tasks[task].get("prompts") == "task" and task in found.spec.tasks
-        return prefixed(rows, found.spec.slots(task if own else None), found.vocab_size)
+        return found.spec.before(rows, found.vocab_size, task if own else None)
 
     def _generate(self, table: pa.Table, task: str) -> pa.Table:
         rows, settings = self._with_prompts(rows_of(table), task), self._tasks[task]
@@ -147,10 +157,11 @@ class _Generator:
             eos_id_of(self._tokenizer),
             pad_id,
         )
+        blocks = self._blocks(rows)
         metric = METRICS[settings["metric"]]
         texts = [str(self._tokenizer.decode(ids, skip_special_tokens=True)) for ids in generated]
         self._report.add_rows(len(rows))
-        return pa.table(
+        found = pa.table(
             {
                 "model_after": [self._model_after] * len(rows),
                 "task": [task] * len(rows),
@@ -164,3 +175,12 @@ class _Generator:
             },
             schema=PREDICTION_SCHEMA,
         )
+        return found if blocks is None else found.append_column(BLOCK, pa.array(blocks))
+
+    def _blocks(self, rows: Sequence[TokenizedRow]) -> list[str] | None:
+        """Return the task whose block each row gives most to, None for a model without blocks."""
+        found = addition_of(self._model)
+        if not isinstance(found, Attending):
+            return None
+        weights_BS = weights_of(self._model, collate(rows, pad_id=0).to(self._device))
+        return [found.spec.tasks[index] for index in weights_BS.argmax(dim=-1).tolist()]

@@ -17,6 +17,7 @@ from pipelines.stage import Stage
 from pipelines.stage_settings import decoding, precision, replay_targets, targets, training
 from pipelines.survey import Facts
 from seekr.methods.ewc import EWC, FISHER
+from seekr.methods.sapt import SAPT
 from seekr.methods.seekr import SEEKR
 
 # Raise a number when the same inputs would give another output than before.
@@ -254,6 +255,8 @@ class _Builder:
         again = self._on_policy or (isinstance(method, SEEKR) and method.scope == "global")
         for name in known if again else [newest]:
             inputs = {"teacher": self._latest["train", name], "replay": self._kept(name)}
+            if isinstance(method, SAPT) and method.reflection == "mean":
+                inputs["data"] = self._latest["ingest", name]
             label = name if name == newest else retaught(name, newest)
             found = self._add(
                 "teach", label, replay_targets(self._config), inputs | self._heads(newest)

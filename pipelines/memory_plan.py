@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from pipelines.artifact import Artifact
 from pipelines.config import StreamConfig, TaskConfig
+from pipelines.memory_families import families
 from pipelines.rowsets import TRAIN, kind_folder, load_table
 from pipelines.section import identity
 from pipelines.stream import Stream, records_of
@@ -35,7 +36,6 @@ Verdict = Literal["fits", "close", "does not fit", "unknown"]
 TOLERANCE = 0.15
 # What Ray and pyarrow add to a training worker's process: measured on 2026-11-21 with Ray 2.60.
 _RAY_BYTES = 120 * MIB
-_MOST_WORKERS = 64
 # A local file of more than this is not read for the sake of its longest row.
 _MOST_ROWS = 200_000
 
@@ -209,7 +209,7 @@ def _options(config: StreamConfig) -> Iterator[Any]:
 def _longest(stream: Stream) -> Rows:
     """Return the longest of all tasks' rows, as ingested where all of them are and lie here."""
     known = [_ingested(stream, task) for task in stream.config.tasks]
-    virtual = _virtual_tokens(stream.config)
+    virtual = stream.config.virtual_tokens
     if all(known):
         tokens, answers = (max(pair[index] for pair in known if pair) for index in (0, 1))
         return Rows(tokens=tokens + virtual, answers=answers, known=True)
@@ -217,16 +217,6 @@ def _longest(stream: Stream) -> Rows:
     tokens = max(option.max_length for option in options)
     answers = max(min(option.max_answer_length, option.max_length) for option in options)
     return Rows(tokens=tokens + virtual, answers=answers, known=False)
-
-
-def _virtual_tokens(config: StreamConfig) -> int:
-    """Return how many prompt vectors stand before a row of the last task."""
-    prompts = config.method.soft_prompts
-    if prompts is None:
-        return 0
-    for task in config.tasks:
-        prompts = prompts.with_task(task.name)
-    return len(prompts.slots())
 
 
 def _ingested(stream: Stream, task: TaskConfig) -> tuple[int, int] | None:
@@ -250,7 +240,7 @@ class _Asked:
         self._device: Device = device
         self._layers = stream.facts.shape.num_layers
         self._known: dict[str, ModelSizes] = {}
-        self.prompts = self._config.method.needs.prompts
+        self.addition = self._config.method.needs.addition
 
     def _sizes(self, train: TrainConfig) -> ModelSizes:
         """Build the empty model once with each kind of adapters."""
@@ -263,8 +253,8 @@ class _Asked:
 
     def _recipe(self, train: TrainConfig) -> Recipe:
         settings = identity(train) | {"dtype": self._config.model.dtype}
-        # Of the prompts of a stream the newest one's training says what all of them are.
-        return Recipe.of(settings, "last", self._config.method.soft_prompts)
+        # What the newest task trains is all that counts; what earlier ones have left is small.
+        return Recipe.of(settings, "last", self._config.method.addition)
 
     def of(self, train: TrainConfig) -> MemoryEstimate:
         """Return what one of its workers needs."""
@@ -281,7 +271,7 @@ class _Asked:
 
 def _search(ask: _Asked, train: TrainConfig, device: Device, memory: int) -> Iterator[Alternative]:
     """Yield of each kind of change the mildest one that fits with the estimate's error."""
-    for family in _families(train, device, ask.prompts):
+    for family in families(train, device, ask.addition):
         for changes in family:
             changed = train.model_copy(update=changes)
             share = memory
@@ -303,58 +293,6 @@ def _alternative(changes: Mapping[str, Any], peak: int) -> Alternative:
     return Alternative(
         changes=shown, peak=peak, same_result=not {"lora", "optimizer"} & set(changes)
     )
-
-
-def _families(train: TrainConfig, device: Device, prompts: bool) -> Iterator[list[dict[str, Any]]]:
-    """Yield changes of one kind, mildest first; kinds in the order of what they cost in speed.
-
-    Args:
-        prompts: Whether prompts are trained, with which there are no adapters.
-    """
-    again = {} if train.activation_checkpointing else {"activation_checkpointing": True}
-    sizes = [train.micro_batch_size >> n for n in range(1, train.micro_batch_size.bit_length())]
-    smaller: list[dict[str, Any]] = [{"micro_batch_size": size} for size in sizes]
-    least = smaller[-1] if smaller else {}
-    workers = train.fewest_workers
-    yield [again] if again else []
-    yield smaller
-    yield [again | change for change in smaller] if again else []
-    sharded = list(_sharded(train)) if workers > 1 else []
-    milder = [{}, again, again | least]
-    yield [change | more for change in sharded for more in milder]
-    if device == "cuda":
-        yield [change | more for change in _offloaded(train) for more in milder]
-    counts = [workers << n for n in range(1, 7) if workers << n <= _MOST_WORKERS]
-    kept = {} if train.strategy != "ddp" else {"strategy": "fsdp"}
-    yield [kept | {"workers": count} | more for count in counts for more in milder]
-    if train.lora is None and not prompts:
-        yield [{"lora": LoraConfig()} | more for more in milder]
-        if train.strategy == "ddp" and train.optimizer == "adamw":
-            yield [{"optimizer": "adamw_8bit"} | more for more in milder]
-
-
-def _sharded(train: TrainConfig) -> Iterator[dict[str, Any]]:
-    """Yield strategies that hold less with as many workers."""
-    if train.optimizer != "adamw":
-        return
-    zero = train.strategy == "deepspeed"
-    if train.strategy == "ddp":
-        yield {"strategy": "fsdp"}
-    for stage in (2, 3):
-        if not zero or train.zero_stage < stage:
-            yield {"strategy": "deepspeed", "zero_stage": stage}
-
-
-def _offloaded(train: TrainConfig) -> Iterator[dict[str, Any]]:
-    """Yield what moves something to the host."""
-    if train.strategy == "fsdp" and train.offload == "none":
-        yield {"offload": "all"}
-    if train.strategy == "deepspeed" and train.offload == "none":
-        yield {"offload": "optimizer"}
-    if train.strategy == "ddp" and train.optimizer == "adamw":
-        yield {"strategy": "deepspeed", "zero_stage": 2, "offload": "optimizer"}
-    if train.optimizer == "adamw" and train.offload != "all":
-        yield {"strategy": "deepspeed", "zero_stage": 3, "offload": "all"}
 
 
 def _verdict(peak: int, memory: int | None) -> Verdict:

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from pipelines.figures import MAX_POINTS
 from pipelines.readable import breakable, config_yaml, duration, metric_name
 from pipelines.report_accuracy import comparison, forgetting_curves, matrix_table, tiles
+from pipelines.report_blocks import shared_attention
 from pipelines.report_stages import (
     head_maps,
     loss_charts,
@@ -111,6 +112,7 @@ def _sections(view: StreamView, matrix: AccuracyMatrix) -> dict[str, Any]:
         "stages": stage_rows(view),
         "replay": replay_section(view),
         "measured": measured_tasks(view),
+        "blocks": shared_attention(view),
         "general": general_ability(view),
         "benchmark": view.config.get("benchmark"),
         "held_out": view.config.get("evaluate", {}).get("split") == "validation",

@@ -22,7 +22,15 @@ STAGE_COLOURS = {
     "ingest": 9, "sample": 6, "rollout": 5, "train": 0, "fisher": 3, "score": 4, "select": 8,
     "teach": 2, "evaluate": 1,
 }  # fmt: skip
-PART_COLOURS = {"loss": 0, "task": 1, "replay": 2, "logits": 3, "attention": 4, "penalty": 5}
+PART_COLOURS = {
+    "loss": 0,
+    "task": 1,
+    "replay": 2,
+    "logits": 3,
+    "attention": 4,
+    "penalty": 5,
+    "reflection": 2,
+}
 NOT_PARTS = frozenset({"step", "epoch", "learning_rate", "grad_norm", "tokens", "seconds"})
 DASH = "\N{EN DASH}"
 

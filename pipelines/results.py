@@ -177,6 +177,14 @@ class StreamView:
             named.setdefault(cell["task"], cell["metric"])
         return named
 
+    def selection_accuracy(self) -> dict[tuple[str, str], float]:
+        """Share of rows that give most to their own task's block, by (model after, task)."""
+        return {
+            (cell["model_after"], cell["task"]): float(cell["selection_accuracy"])
+            for _, cell in self._cells()
+            if "selection_accuracy" in cell and cell["task"] in self.tasks
+        }
+
     def selections(self) -> list[Selection]:
         """One per select stage, in task order; empty for methods without heads."""
         return [

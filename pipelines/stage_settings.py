@@ -7,7 +7,11 @@ from typing import Any
 
 from pipelines.config import StreamConfig
 from pipelines.section import identity
+from seekr.methods.sapt import SAPT
 from seekr.methods.seekr import SEEKR
+
+# Raise it when what is written beside a frozen model changes.
+_ADDITION = 2
 
 
 def precision(config: StreamConfig) -> dict[str, Any]:
@@ -21,6 +25,8 @@ def training(config: StreamConfig, epochs: int, *, earlier: bool) -> dict[str, A
     another = needs.earlier and earlier
     method = config.method.loss_settings() if another else config.method.first_task_settings()
     settings = identity(config.train) | {"epochs": epochs, "method": method, **precision(config)}
+    if needs.addition:
+        settings["addition"] = _ADDITION
     replayed = needs.replay and earlier
     return settings | ({"batch_ratio": config.replay.batch_ratio} if replayed else {})
 
@@ -38,6 +44,8 @@ def targets(config: StreamConfig, *, logits: bool) -> dict[str, Any]:
 
 def replay_targets(config: StreamConfig) -> dict[str, Any]:
     """Return what is written of a replayed row."""
+    if isinstance(config.method, SAPT):
+        return {"weights": config.method.reflection, **precision(config)}
     settings = targets(config, logits=config.method.needs.logits)
     if isinstance(config.method, SEEKR):
         settings["query_budget"] = config.method.query_budget

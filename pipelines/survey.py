@@ -193,9 +193,10 @@ def _training_checks(config: StreamConfig, folder: Path | None) -> Iterator[Call
         from seekr.training.zero import check_zero
 
         yield lambda: check_zero(training_execution(train))
-    recipe = Recipe.of(identity(train) | {"dtype": config.model.dtype})
+    settings = identity(train) | {"dtype": config.model.dtype}
+    recipe = Recipe.of(settings, addition=config.method.addition)
     yield lambda: check_optimizer(recipe, train.strategy)
-    if recipe.lora is not None and folder is not None:
+    if recipe.frozen and folder is not None:
         from seekr.training.build import Origin, check_adapters
 
         origin = Origin(folder=folder, trust_remote_code=config.model.trust_remote_code)
@@ -212,22 +213,13 @@ class _TaskLook:
 
     def check_length(self, model: PretrainedConfig) -> None:
         positions = getattr(model.get_text_config(), "max_position_embeddings", None)
-        vectors = self._prompt_vectors()
+        vectors = self._config.virtual_tokens
         if isinstance(positions, int) and self._options.max_length + vectors > positions:
             beside = f", before which {vectors} vectors of prompts are put," if vectors else ""
             raise ConfigError(
                 f"task {self._task.name}: max_length is {self._options.max_length}{beside} and the "
                 f"model has {positions} positions; lower data.max_length or the task's own"
             )
-
-    def _prompt_vectors(self) -> int:
-        """Return how many trained vectors will stand before a row once all tasks are learnt."""
-        prompts = self._config.method.soft_prompts
-        if prompts is None:
-            return 0
-        for task in self._config.tasks:
-            prompts = prompts.with_task(task.name)
-        return len(prompts.slots())
 
     def facts(self) -> TaskFacts | None:
         """Return what the sources hold, None if one of them cannot be used."""

@@ -2,8 +2,9 @@
 
 Per row one binary value: the likeliest tokens at answer positions, and the largest entries of the
 attention rows of the selected heads at the sampled query positions. The rows are a task's replay set,
-or, for a method that asks the previous model, all rows of the task that comes next. Rows and targets
-are joined by row id later, never by position.
+or, for a method that asks the previous model, all rows of the task that comes next. Of a model with
+shared attention it is what rows give to its blocks (`reflect`). Rows and targets are joined by row id
+later, never by position.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pipelines.config import PoolConfig, StreamConfig
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
+from pipelines.reflect import record_weights
 from pipelines.rowsets import (
     REPLAY,
     TRAIN,
@@ -38,6 +40,8 @@ TARGET_SCHEMA = pa.schema([("row_id", pa.string()), ("target", pa.large_binary()
 
 def teach(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
     """Run the stage; writes targets/."""
+    if "weights" in workspace.config:
+        return record_weights(workspace, config, report, TARGETS, TARGET_SCHEMA)
     if (data := workspace.inputs.get("data")) is not None:
         table = load_rows_table(data, kind_folder(TRAIN))
     else:

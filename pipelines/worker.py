@@ -35,8 +35,7 @@ from seekr.methods import Method
 from seekr.methods.penalty import Past
 from seekr.models import load_tokenizer, model_shape
 from seekr.prompts import pad_id_of
-from seekr.soft_prompts import prefixed
-from seekr.training.build import Origin, file_name, prompts_after
+from seekr.training.build import Origin, addition_after, file_name
 from seekr.training.checkpoint import check_masters, load_checkpoint
 from seekr.training.export import export_adapters, export_model
 from seekr.training.loop import Training, Workers
@@ -121,7 +120,7 @@ class _Worker:
         self._tokenizer = load_tokenizer(
             self._origin.folder, trust_remote_code=source.trust_remote_code
         )
-        self._recipe = Recipe.of(spec.settings, spec.task, spec.method.soft_prompts)
+        self._recipe = Recipe.of(spec.settings, spec.task, spec.method.addition)
         execution = training_execution(spec.execution)
         self._strategy = create_strategy(self._origin, self._recipe, execution, device)
         self._training = Training(
@@ -152,13 +151,13 @@ class _Worker:
         self._history: list[dict[str, Any]] = []
 
     def _rows(self) -> TrainingRows:
-        spec, prompts = self._spec, self._recipe.prompts
+        spec, addition = self._spec, self._recipe.addition
         rows = load_training_rows(spec.data, spec.replay, spec.targets, spec.task_targets)
-        if prompts is None:
+        if addition is None:
             return rows
-        slots = prompts_after(self._origin, prompts, spec.task).slots()
+        addition = addition_after(self._origin, addition, spec.task)
         vocab_size = model_shape(self._strategy.model.config).vocab_size
-        return replace(rows, task=prefixed(rows.task, slots, vocab_size))
+        return replace(rows, task=addition.before(rows.task, vocab_size))
 
     def run(self) -> dict[str, Any] | None:
         """Take the steps that are left, then export; nothing of it goes on afterwards."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from seekr.collation import Batch
 from seekr.errors import DataError
@@ -36,6 +37,7 @@ class BatchTargets:
             then position, or None.
         logit_row_A: Batch row of each.
         logit_position_A: Padded position of the student's logits to compare each with.
+        weights_BS: What each row gave to the blocks of tasks, zero for those learnt since, or None.
     """
 
     heads_by_layer: dict[int, tuple[int, ...]]
@@ -45,6 +47,7 @@ class BatchTargets:
     logits: Tensor | SparseRows | None
     logit_row_A: Tensor
     logit_position_A: Tensor
+    weights_BS: Tensor | None = None
 
     def to(self, device: torch.device | str) -> BatchTargets:
         """Return the targets with their tensors on `device`."""
@@ -56,6 +59,7 @@ class BatchTargets:
             logits=None if self.logits is None else self.logits.to(device),
             logit_row_A=self.logit_row_A.to(device),
             logit_position_A=self.logit_position_A.to(device),
+            weights_BS=None if self.weights_BS is None else self.weights_BS.to(device),
         )
 
 
@@ -107,6 +111,7 @@ def collate_targets(targets: Sequence[TeacherTarget | None], batch: Batch) -> Ba
         logits=logits,
         logit_row_A=row_A,
         logit_position_A=position_A,
+        weights_BS=_collate_weights(targets),
     )
     return collated.to(batch.input_ids_BT.device)
 
@@ -155,6 +160,13 @@ def _spread(rows: SparseRows, present_R: Tensor) -> SparseRows:
     counts_R[present_R], tail_R[present_R] = rows.offsets.diff(), rows.tail_R
     offsets = torch.cat([counts_R.new_zeros(1), counts_R.cumsum(0)])
     return replace(rows, offsets=offsets, tail_R=tail_R)
+
+
+def _collate_weights(targets: Sequence[TeacherTarget | None]) -> Tensor | None:
+    """Return weights [B,S], padded with zeros to the row with most blocks."""
+    found = [target.weights for target in targets if target is not None]
+    own = [weights for weights in found if weights is not None]
+    return pad_sequence(own, batch_first=True) if len(own) == len(targets) else None
 
 
 def _collate_logits(

@@ -207,3 +207,15 @@ def _sum_and_count(loss: PositionLoss, logits_BTV: Tensor) -> tuple[Tensor, Tens
     answers = WholeLogits(logits_BTV)
     (sums_B,) = answers.sums(loss)
     return sums_B, torch.bincount(loss.row_A, minlength=answers.num_rows)
+
+
+def weights_kl(recorded_BS: Tensor, weights_BS: Tensor) -> Tensor:
+    """Return KL(recorded || current) of weights over blocks, per row.
+
+    Args:
+        recorded_BS: Of the blocks there were; later ones count as zero.
+        weights_BS: Of all blocks, each above 0.
+    """
+    missing = weights_BS.shape[1] - recorded_BS.shape[1]
+    recorded_BS = functional.pad(recorded_BS, (0, missing)).to(weights_BS)
+    return (torch.xlogy(recorded_BS, recorded_BS) - torch.xlogy(recorded_BS, weights_BS)).sum(-1)

@@ -30,9 +30,10 @@ from transformers import (
 )
 
 from seekr import attention as seekr_attention
+from seekr.addition import seeing
+from seekr.addition_files import load_addition
 from seekr.collation import Batch
 from seekr.errors import ConfigError, UnsupportedModel
-from seekr.soft_prompts import load_prompts, prompting
 
 AttentionName = Literal["seekr", "sdpa", "eager"]
 PAD_TOKEN, EOS_TOKEN = "<pad>", "<eos>"
@@ -83,7 +84,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from a local folder, in evaluation mode, on the CPU.
 
-    Trained prompts that lie beside its weights are attached (`seekr.soft_prompts`).
+    An addition that lies beside its weights is attached (`seekr.addition`).
 
     Args:
         path: Folder with config.json and safetensors weights.
@@ -115,7 +116,7 @@ def load_model(
             f"first is {missing[0]!r}; all are needed, or they would be random: use a complete "
             "checkpoint (a bare adapter is not a model)"
         )
-    load_prompts(model, folder)
+    load_addition(model, folder)
     return model
 
 
@@ -262,7 +263,7 @@ def generate_greedy(
     model.eval()
     model.generation_config = GenerationConfig()  # transformers would fill gaps from the model's
     try:
-        with prompting(model, batch_prompts):
+        with seeing(model, batch_prompts):
             ids_BT = generator.generate(
                 input_ids=batch_prompts.input_ids_BT,
                 attention_mask=batch_prompts.attention_mask_BT,

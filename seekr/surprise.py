@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from seekr.addition import seeing
 from seekr.attention import evaluation_mode
 from seekr.collation import collate
 from seekr.forward import batch_logits
@@ -30,6 +31,7 @@ def surprise(model: nn.Module, rows: Sequence[TokenizedRow]) -> list[float]:
     with evaluation_mode(model), torch.no_grad():
         for row in rows:
             batch = collate([row], pad_id=0).to(device)
-            nll_B, count_B = answer_nll(batch_logits(model, batch), batch.labels_BT)
+            with seeing(model, batch):
+                nll_B, count_B = answer_nll(batch_logits(model, batch), batch.labels_BT)
             found.append(float(nll_B) / int(count_B))
     return found

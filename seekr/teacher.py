@@ -57,6 +57,7 @@ class TeacherTarget:
         query_positions: [Q] unpadded positions of the kept query rows, ascending.
         attention: R = (layer, S, Q) rows in this order, columns are unpadded key positions; None
             without attention targets.
+        weights: [S] what the row gave to the blocks of tasks (`seekr.shared_attention`), or None.
     """
 
     length: int
@@ -65,6 +66,7 @@ class TeacherTarget:
     heads_by_layer: dict[int, tuple[int, ...]]
     query_positions: NDArray[np.int64]
     attention: SparseRows | None
+    weights: Tensor | None = None
 
 
 def place_positions(positions: Sequence[NDArray[np.int64]], batch: Batch) -> Tensor:

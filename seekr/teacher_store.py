@@ -53,6 +53,8 @@ def encode_target(target: TeacherTarget, bits: Bits = 16) -> bytes:
         arrays["logits"] = _narrow(target.logits, "float16" if bits == 16 else "float32")
     if target.attention is not None:
         arrays |= _encode_rows("attention", target.attention, bits)
+    if target.weights is not None:
+        arrays["weights"] = _narrow(target.weights, "float32", "weights")
     return save(arrays | {"checksum": _checksum(arrays)})
 
 
@@ -74,7 +76,7 @@ def decode_target(data: bytes) -> TeacherTarget:
         heads: dict[int, tuple[int, ...]] = {}
         for layer, head in arrays["heads"].tolist():
             heads[layer] = (*heads.get(layer, ()), head)
-        whole = arrays.get("logits")
+        whole, weights = arrays.get("logits"), arrays.get("weights")
         logits = _decode_rows("logits", arrays) if whole is None else _floats(whole)
         return TeacherTarget(
             length=length,
@@ -83,6 +85,7 @@ def decode_target(data: bytes) -> TeacherTarget:
             heads_by_layer=heads,
             query_positions=unpack(arrays["positions"]),
             attention=_decode_rows("attention", arrays),
+            weights=None if weights is None else _floats(weights),
         )
     except (SafetensorError, KeyError, ValueError) as error:
         raise _damaged(repr(error)) from error
@@ -158,9 +161,11 @@ def _floats(values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def _narrow(values: Tensor, dtype: Literal["float16", "float32"]) -> NDArray[Any]:
+def _narrow(
+    values: Tensor, dtype: Literal["float16", "float32"], name: str = "logits"
+) -> NDArray[Any]:
     narrow = values.to(getattr(torch, dtype))
-    _check_finite("logits", narrow)
+    _check_finite(name, narrow)
     return narrow.numpy()
 
 

@@ -39,6 +39,7 @@ OTHERS = {
     "stream/data_root": "{folder}",
     "stream/storage": "{folder}/elsewhere",
     "model/path": "{folder}/model",
+    "method: {name: sapt}/targets": "[k_proj]",
     "data/template": "'{input} ?'",
     "data.columns/input": "input",
     "data.columns/output": "output",
@@ -136,7 +137,7 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], 
             teach={"logits_kept": None} if name == "derpp" else None,  # logit_loss may be mse
             train={"lora": {"rank": 2}} if name == "olora" else {},
             # Prompts take positions, of which the model has 64.
-            data={"max_length": 24} if METHODS[name].needs.prompts else {},
+            data={"max_length": 24} if METHODS[name].needs.addition else {},
         )
         for name in METHODS
     }

@@ -12,6 +12,7 @@ from seekr.methods.olora import OLoRA
 from seekr.methods.opr import OPR
 from seekr.methods.pp import ProgressivePrompts
 from seekr.methods.replay import Replay
+from seekr.methods.sapt import SAPT
 from seekr.methods.seekr import SEEKR
 from seekr.methods.seqft import SeqFT
 
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "opr": OPR,
     "l2p": L2P,
     "pp": ProgressivePrompts,
+    "sapt": SAPT,
     "seekr": SEEKR,
 }
 
@@ -35,6 +37,7 @@ __all__ = [
     "METHODS",
     "MTL",
     "OPR",
+    "SAPT",
     "SEEKR",
     "DERpp",
     "LwF",

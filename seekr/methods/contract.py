@@ -14,13 +14,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from seekr.addition import Addition, Seen
 from seekr.answers import Answers
 from seekr.batch_targets import BatchTargets
 from seekr.collation import Batch
 from seekr.distillation import DistillationProbe
 from seekr.losses import AnswerNLL
 from seekr.methods.penalty import Past, Penalty
-from seekr.soft_prompts import SoftPrompts
 
 # What a term's total is divided by: a count over the whole optimizer step, on all workers.
 Unit = Literal["task_tokens", "task_rows", "replay_tokens", "replay_rows"]
@@ -34,7 +34,8 @@ class Needs:
     teacher's answer logits on them. heads: the scored and selected attention heads, and the
     teacher's rows of them. task_logits: the previous model's answer logits on the new task's own
     rows. fisher: the Fisher information of earlier tasks. adapters: those that earlier tasks have
-    learnt; the stream trains adapters. prompts: prompts are trained, before a frozen model.
+    learnt; the stream trains adapters. weights: what replayed rows gave to the blocks of tasks.
+    addition: something is trained beside a frozen model.
     all_tasks: no stream at all, but one training on every task's rows at once.
     """
 
@@ -45,18 +46,19 @@ class Needs:
     task_logits: bool = False
     fisher: bool = False
     adapters: bool = False
-    prompts: bool = False
+    weights: bool = False
+    addition: bool = False
     all_tasks: bool = False
 
     @property
     def teacher(self) -> bool:
         """Whether replayed rows have targets."""
-        return self.logits or self.heads
+        return self.logits or self.heads or self.weights
 
     @property
     def earlier(self) -> bool:
         """Whether a training with earlier tasks differs from one without."""
-        return self.replay or self.task_logits or self.penalty or self.prompts
+        return self.replay or self.task_logits or self.penalty or self.addition
 
     @property
     def penalty(self) -> bool:
@@ -71,15 +73,15 @@ class Outputs:
     `answers` gives sums of losses on logits, from whole logits or in chunks: a method cannot tell.
     `targets` is set on replay rows when the method needs a teacher, and on task rows when it needs
     the previous model's logits and there is such a model; `attention_kl[layer]` is [B, S, Q], the
-    divergence of the student's attention on the heads and query rows that the targets name. `pull_B`
-    is [B], how far chosen prompts' keys are from their rows, for models with a pool of prompts.
+    divergence of the student's attention on the heads and query rows that the targets name. `added`
+    is what the addition to a frozen model knows of the batch.
     """
 
     answers: Answers
     batch: Batch
     targets: BatchTargets | None = None
     attention_kl: dict[int, torch.Tensor] | None = None
-    pull_B: torch.Tensor | None = None
+    added: Seen | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,9 @@ class Method(BaseModel):
     # Fields that do not enter the loss: they bear on the stages that prepare its targets.
     preparation_fields: ClassVar[frozenset[str]] = frozenset()
 
+    # Of replayed rows: the whole of them, or only their prompts, whose logits nobody asks for.
+    replay_sees: ClassVar[Literal["rows", "prompts"]] = "rows"
+
     # A Literal of its own in every method; Any, because each narrows it.
     name: Any
 
@@ -118,8 +123,8 @@ class Method(BaseModel):
         raise NotImplementedError(f"method {self.name} asks for replay and defines no replay loss")
 
     @property
-    def soft_prompts(self) -> SoftPrompts | None:
-        """What prompts are trained instead of weights, without tasks yet; None trains the model."""
+    def addition(self) -> Addition | None:
+        """What is trained instead of weights, without tasks yet; None trains the model."""
         return None
 
     @property

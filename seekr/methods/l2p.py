@@ -17,7 +17,7 @@ from seekr.soft_prompts import SoftPrompts
 class L2P(Method):
     """L = L_task + pull_weight * sum over chosen prompts of (1 - cosine(key, query))."""
 
-    needs: ClassVar[Needs] = Needs(prompts=True)
+    needs: ClassVar[Needs] = Needs(addition=True)
 
     name: Literal["l2p"] = "l2p"
     pool: int = Field(default=10, ge=1)
@@ -38,7 +38,7 @@ class L2P(Method):
         return self
 
     @property
-    def soft_prompts(self) -> SoftPrompts:
+    def addition(self) -> SoftPrompts:
         return SoftPrompts(
             kind="pool", length=self.prompt_length, pool=self.pool, selected=self.selected
         )
@@ -47,6 +47,6 @@ class L2P(Method):
         return self.loss_settings()
 
     def task_terms(self, outputs: Outputs) -> Terms:
-        assert outputs.pull_B is not None
-        pull = Term(weight=self.pull_weight, total=outputs.pull_B.sum(), per="task_rows")
+        assert outputs.added is not None and outputs.added.pull_B is not None
+        pull = Term(weight=self.pull_weight, total=outputs.added.pull_B.sum(), per="task_rows")
         return super().task_terms(outputs) | {"pull": pull}

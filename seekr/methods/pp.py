@@ -17,7 +17,7 @@ from seekr.soft_prompts import SoftPrompts
 class ProgressivePrompts(Method):
     """L = L_task, of one prompt's vectors."""
 
-    needs: ClassVar[Needs] = Needs(prompts=True)
+    needs: ClassVar[Needs] = Needs(addition=True)
     preparation_fields: ClassVar[frozenset[str]] = frozenset({"inference"})
 
     name: Literal["pp"] = "pp"
@@ -28,7 +28,7 @@ class ProgressivePrompts(Method):
     when its task was learnt, which nothing learnt later can change."""
 
     @property
-    def soft_prompts(self) -> SoftPrompts:
+    def addition(self) -> SoftPrompts:
         return SoftPrompts(kind="progressive", length=self.prompt_length)
 
     def first_task_settings(self) -> dict[str, Any]:

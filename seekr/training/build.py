@@ -23,17 +23,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from seekr import attention
+from seekr.addition import Addition, attach, is_added
+from seekr.addition_files import read_added, read_addition
 from seekr.errors import ConfigError, StoreError
 from seekr.models import check_weights, load_model, model_shape
-from seekr.soft_prompts import (
-    KEYS,
-    PREFIX,
-    SoftPrompts,
-    attach,
-    is_prompt,
-    read_spec,
-    read_tensors,
-)
 from seekr.training.ranges import MemorySource, Source, copy_in, flat, range_of
 from seekr.training.settings import Lora, Recipe
 
@@ -72,24 +65,25 @@ def empty_model(origin: Origin, recipe: Recipe) -> PreTrainedModel:
     model.tie_weights()
     if recipe.lora is not None:
         _inject(model, recipe.lora)
-    if recipe.prompts is not None:
+    if recipe.addition is not None:
         model.requires_grad_(False)
-        attach(model, prompts_after(origin, recipe.prompts, recipe.task))
+        attach(model, addition_after(origin, recipe.addition, recipe.task))
     return model.train()
 
 
-def prompts_after(origin: Origin, prompts: SoftPrompts, task: str) -> SoftPrompts:
-    """Return what prompts there are once a task is learnt from a model that may have some already."""
-    return (read_spec(origin.folder) or prompts).with_task(task)
+def addition_after(origin: Origin, addition: Addition, task: str) -> Addition:
+    """Return what there is once a task is learnt from a model that may have something already."""
+    return (read_addition(origin.folder) or addition).with_task(task)
 
 
 def check_adapters(origin: Origin, recipe: Recipe) -> None:
-    """Check that the model has the layers that the recipe's adapters name; reads no weights.
+    """Check that the model has the layers that adapters or an addition name; reads no weights.
 
     Raises:
         ConfigError: it lacks one of them.
     """
-    if recipe.lora is not None and recipe.lora.targets is not None:
+    named = recipe.lora is not None and recipe.lora.targets is not None
+    if named or recipe.addition is not None:
         empty_model(origin, recipe)
 
 
@@ -162,7 +156,7 @@ def origin_source(origin: Origin, model: PreTrainedModel, recipe: Recipe) -> Sou
     names = {
         file_name(name)
         for name, _ in model.named_parameters(remove_duplicate=True)
-        if not is_adapter(name) and not is_prompt(name)
+        if not is_adapter(name) and not is_added(name)
     }
     files: Source = WeightFiles(origin.folder)
     if not names <= files.names:
@@ -173,10 +167,16 @@ def origin_source(origin: Origin, model: PreTrainedModel, recipe: Recipe) -> Sou
         )
         files = MemorySource(whole.state_dict())
     draw = f"{recipe.seed}/{recipe.task}"
-    if recipe.prompts is not None:
-        shapes = {name: p.shape for name, p in model.named_parameters() if is_prompt(name)}
-        tokens = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-        return _WithPrompts(files, shapes, draw, read_tensors(origin.folder), int(tokens))
+    if recipe.addition is not None:
+        embedding: Any = model.get_input_embeddings()
+        return _WithAddition(
+            files,
+            addition_after(origin, recipe.addition, recipe.task),
+            {name: p.shape for name, p in model.named_parameters() if is_added(name)},
+            draw,
+            read_added(origin.folder),
+            int(embedding.weight.shape[0]),
+        )
     return _WithAdapters(files, dict(_adapters(model)), draw)
 
 
@@ -240,10 +240,11 @@ class _WithAdapters:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _WithPrompts:
-    """A model's files, and prompts: as learnt so far, else as the embeddings of drawn tokens."""
+class _WithAddition:
+    """A model's files, and an addition: as learnt so far, else as it starts."""
 
     files: Source
+    addition: Addition
     shapes: dict[str, torch.Size]
     draw: str
     learnt: dict[str, Tensor]
@@ -252,19 +253,11 @@ class _WithPrompts:
     def read(self, name: str, start: int, length: int) -> Tensor:
         if name not in self.shapes:
             return self.files.read(name, start, length)
-        leaf = name.rpartition(".")[2]
-        values = self.learnt[leaf] if leaf in self.learnt else self._start(name)
+        values = self.learnt.get(name)
+        if values is None:
+            shape = self.shapes[name]
+            values = self.addition.start(name, shape, self.draw, self.files.read, self.tokens)
         return values.reshape(-1)[start : start + length]
-
-    def _start(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.draw}/{name}".encode()))
-        if name.endswith(KEYS):
-            return torch.randn(shape, generator=generator)
-        width, embedding = shape[-1], f"{name.partition(PREFIX)[0]}weight"
-        drawn = torch.randint(self.tokens, (shape.numel() // width,), generator=generator)
-        rows = [self.files.read(embedding, int(row) * width, width) for row in drawn]
-        return torch.stack(rows).float()
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, torch.Size]]:

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from seekr.soft_prompts import is_prompt, write_prompts
-from seekr.training.build import Origin, adapter_of, file_name, is_adapter, prompts_after
+from seekr.addition import is_added
+from seekr.addition_files import write_addition
+from seekr.training.build import Origin, adapter_of, addition_after, file_name, is_adapter
 from seekr.training.loop import Workers
 from seekr.training.settings import Lora, Recipe
 from seekr.training.strategy import Strategy
@@ -62,15 +63,15 @@ def export_model(
                 tensors[file_name(name)] = whole.to("cpu", recipe.dtype).contiguous()
         if mine:
             save_file(tensors, folder / shard.file, metadata={"format": "pt"})
-    prompts = {
-        name.rpartition(".")[2]: strategy.whole(name).float().to("cpu")
+    added = {
+        name: strategy.whole(name).float().to("cpu")
         for name, _ in model.named_parameters()
-        if is_prompt(name)
+        if is_added(name)
     }
     if workers.rank != 0:
         return
-    if recipe.prompts is not None:
-        write_prompts(folder, prompts_after(origin, recipe.prompts, recipe.task), prompts)
+    if recipe.addition is not None:
+        write_addition(folder, addition_after(origin, recipe.addition, recipe.task), added)
     if len(shards) > 1:
         _write_index(strategy, shards, recipe.dtype, folder)
     model.config.architectures = [_plain_class(strategy)]
@@ -111,7 +112,7 @@ def export_adapters(strategy: Strategy, lora: Lora, base: str, folder: Path, ran
 def _names(strategy: Strategy) -> Iterator[tuple[str, int]]:
     """Return (name, number of elements) of the plain model's tensors, shared ones once."""
     for name, parameter in strategy.model.named_parameters():
-        if not is_adapter(name) and not is_prompt(name):
+        if not is_adapter(name) and not is_added(name):
             yield name, getattr(parameter, "ds_numel", parameter.numel())
 
 

@@ -236,4 +236,4 @@ def _offloaded(held: Held, execution: Execution, masters: int, share: int, produ
 
 def _largest(sizes: ModelSizes) -> int:
     """Numbers of the largest trained tensor: the embedding, or an adapter's side of the MLP."""
-    return max(sizes.rank * sizes.inner, sizes.prompts) if sizes.base_frozen else sizes.head
+    return max(sizes.rank * sizes.inner, sizes.added) if sizes.base_frozen else sizes.head

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seekr.addition import seeing
 from seekr.answers import Answers, HiddenStates, WholeLogits, has_plain_head, reading_head
 from seekr.attention import probing
 from seekr.batches import BatchPlan
 from seekr.forward import check_packable
 from seekr.methods import Method, Outputs, Terms
 from seekr.methods.penalty import Penalty
-from seekr.soft_prompts import prompting
 from seekr.training.flops import training_flops
 from seekr.training.microbatches import MicroBatch, TrainingRows
 from seekr.training.schedule import learning_rate
@@ -98,7 +98,9 @@ class Training:
             UnsupportedModel: the model's family is not known to `training_flops`.
         """
         rows = self.plan.step(index)
-        seen = [self._rows.task[i] for i in rows.task] + [self._rows.replay[i] for i in rows.replay]
+        seen = [self._rows.task[i] for i in rows.task]
+        if self._method.replay_sees == "rows":
+            seen += [self._rows.replay[i] for i in rows.replay]
         return training_flops(
             self.strategy.model.config,
             [len(row.input_ids) for row in seen],
@@ -173,19 +175,25 @@ class Training:
                 batch=batch,
                 targets=targets,
                 attention_kl=None if probe is None else probe.kl_by_layer,
-                pull_B=None if prompts is None else prompts.pull_B,
+                added=added,
             )
             found = method.replay_terms if micro_batch.replay else method.task_terms
             terms.update(found(outputs))
             parts = [term.weight * term.total / counts[term.per] for term in terms.values()]
             return torch.stack(parts).sum()
 
+        prompts_alone = micro_batch.replay and method.replay_sees == "prompts"
         # The backward pass lies inside: activation checkpointing runs the forward pass again in it.
         with (
             nullcontext() if probe is None else probing(module, probe),
-            prompting(module, batch) as prompts,
+            seeing(module, batch) as added,
         ):
-            if self._plain_head:
+            if prompts_alone:
+                # What is asked for comes from the embedding. A token goes through all layers, so
+                # that every parameter has a gradient in every pass, which DDP counts on.
+                logits = module(input_ids=batch.input_ids_BT[:, :1], use_cache=False).logits
+                loss = measure(WholeLogits(logits)) + 0.0 * logits.sum()
+            elif self._plain_head:
                 with reading_head(module, lambda *head: measure(HiddenStates(*head))):
                     loss = module(**batch.inputs(), use_cache=False).logits
             else:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from seekr.addition import is_added
 from seekr.answers import has_plain_head
 from seekr.models import model_shape
-from seekr.soft_prompts import is_prompt
 from seekr.training.build import Origin, decoder_layers, empty_model, is_adapter
 from seekr.training.settings import Lora, Recipe
 
@@ -36,10 +36,10 @@ class ModelSizes:
         linear: of the matrices in all layers, which autocast makes copies of.
         trained, frozen: all numbers that are updated, and those that are not.
         adapters: trained numbers that belong to adapters.
-        prompts: trained numbers of prompts and their keys.
+        added: trained numbers beside a frozen model.
         rank, dropout: of the adapters, 0 without.
         targets: linear layers with an adapter; all of them are trained themselves without, and none
-            is where prompts are trained.
+            is where something is added.
         plain_head: whether logits can be read in chunks.
     """
 
@@ -58,7 +58,7 @@ class ModelSizes:
     trained: int
     frozen: int
     adapters: int
-    prompts: int
+    added: int
     rank: int
     dropout: float
     targets: tuple[str, ...]
@@ -71,8 +71,8 @@ class ModelSizes:
 
     @property
     def base_frozen(self) -> bool:
-        """Whether only adapters or prompts are trained."""
-        return self.rank > 0 or self.prompts > 0
+        """Whether only adapters or an addition are trained."""
+        return self.rank > 0 or self.added > 0
 
     @property
     def queries(self) -> int:
@@ -87,7 +87,7 @@ class ModelSizes:
     @property
     def trained_root(self) -> int:
         """Trained numbers outside of layers."""
-        return self.prompts if self.base_frozen else self.root
+        return self.added if self.base_frozen else self.root
 
     @property
     def trained_layer(self) -> int:
@@ -106,9 +106,9 @@ def read_sizes(origin: Origin, recipe: Recipe) -> ModelSizes:
     shape, text = model_shape(model.config), model.config.get_text_config()
     layers = decoder_layers(model)
     named = list(model.named_parameters())
-    own = sum(p.numel() for name, p in named if not is_adapter(name) and not is_prompt(name))
+    own = sum(p.numel() for name, p in named if not is_adapter(name) and not is_added(name))
     adapters = sum(p.numel() for name, p in named if is_adapter(name))
-    prompts = [p for name, p in named if is_prompt(name)]
+    added = [p for name, p in named if is_added(name)]
     in_layers = [(n, p) for layer in layers for n, p in layer.named_parameters()]
     in_layers = [(name, p) for name, p in in_layers if not is_adapter(name)]
     in_layer = sum(p.numel() for _, p in in_layers)
@@ -129,12 +129,12 @@ def read_sizes(origin: Origin, recipe: Recipe) -> ModelSizes:
         tied=head is not None and head.weight is embedding.weight,
         linear=sum(p.numel() for _, p in in_layers if p.dim() == 2),
         trained=trained,
-        frozen=own + adapters + sum(p.numel() for p in prompts) - trained,
+        frozen=own + adapters + sum(p.numel() for p in added) - trained,
         adapters=adapters,
-        prompts=sum(p.numel() for p in prompts if p.requires_grad),
+        added=sum(p.numel() for p in added if p.requires_grad),
         rank=0 if lora is None else lora.rank,
         dropout=0.0 if lora is None else lora.dropout,
-        targets=() if prompts else _targets(lora),
+        targets=() if added else _targets(lora),
         plain_head=has_plain_head(model),
     )
 

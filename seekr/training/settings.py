@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from seekr.soft_prompts import SoftPrompts
+from seekr.addition import Addition
 
 StrategyName = Literal["ddp", "fsdp", "deepspeed"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -42,7 +42,7 @@ class Recipe:
 
     Attributes:
         batch_size: Task rows per optimizer step, over all workers.
-        prompts: Trained instead of the model, if any: the kind, to which the task is added.
+        addition: Trained instead of the model, if any: the kind, to which the task is added.
         batch_ratio: Replayed rows per task row.
         dtype: Of the forward pass and of frozen weights; what is trained has float32 masters.
         seed: Of row order, dropout and adapters' start.
@@ -61,7 +61,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     optimizer: OptimizerName = "adamw"
     lora: Lora | None = None
-    prompts: SoftPrompts | None = None
+    addition: Addition | None = None
     batch_ratio: float = 1.0
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -70,15 +70,15 @@ class Recipe:
     @property
     def frozen(self) -> bool:
         """Whether the model's own weights stay as they are."""
-        return self.lora is not None or self.prompts is not None
+        return self.lora is not None or self.addition is not None
 
     @classmethod
     def of(
-        cls, settings: Mapping[str, Any], task: str = "", prompts: SoftPrompts | None = None
+        cls, settings: Mapping[str, Any], task: str = "", addition: Addition | None = None
     ) -> Recipe:
         """Read it from a stage's settings, plain JSON values, of which the others are not ours."""
         values = {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
-        values |= {"task": task, "prompts": prompts}
+        values |= {"task": task, "addition": addition}
         values["dtype"] = DTYPES[settings.get("dtype", "float32")]
         if (lora := values.get("lora")) is not None:
             targets = lora.get("targets")

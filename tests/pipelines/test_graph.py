@@ -523,7 +523,7 @@ def test_general_tasks_that_do_not_exist_are_refused_at_start(draw: Draw) -> Non
         draw("general.tasks=[no_such_task]")
     with pytest.raises(ConfigError, match=r"general.folder .*nowhere is no folder"):
         draw("general.tasks=[piqa]", "general.folder=nowhere")
-    with pytest.raises(ConfigError, match=r"general.tasks is set and method pp trains prompts"):
+    with pytest.raises(ConfigError, match=r"general.tasks is set and method pp trains an addition"):
         draw("general.tasks=[piqa]", "method={name: pp}", "data.max_length=24")
 
 

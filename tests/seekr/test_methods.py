@@ -9,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from seekr.addition import Seen
 from seekr.answers import WholeLogits
 from seekr.attention import probing, register
 from seekr.batch_targets import collate_targets
@@ -19,6 +20,7 @@ from seekr.models import byte_tokenizer, tiny_llama
 from seekr.probes import RowProbe
 from seekr.prompts import Example, Template, encode
 from seekr.sampling import query_positions
+from seekr.soft_prompts import SoftPrompts
 from seekr.sparse_rows import SparseRows
 from seekr.teacher import Keep, TeacherTarget, teach_batch
 from tests.seekr import reference
@@ -69,12 +71,14 @@ def outputs(student: torch.nn.Module, rows: Batch, targets: list[TeacherTarget])
     collated = collate_targets(targets, rows)
     probe = SEEKR().distillation(collated)
     logits = forward(student, rows, probe)
+    seen = Seen(SoftPrompts(kind="pool", length=1, pool=2, selected=1))
+    seen.pull_B = torch.ones(len(rows), dtype=torch.float64)
     return Outputs(
         answers=WholeLogits(logits),
         batch=rows,
         targets=collated,
         attention_kl=probe.kl_by_layer,
-        pull_B=torch.ones(len(rows), dtype=torch.float64),
+        added=seen,
     )
 
 

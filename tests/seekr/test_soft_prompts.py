@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from seekr.addition import attach, seeing
+from seekr.addition_files import write_addition
 from seekr.collation import collate, collate_prompts
 from seekr.errors import ConfigError
 from seekr.forward import batch_logits
@@ -18,10 +20,7 @@ from seekr.soft_prompts import (
     KEYS,
     POOL,
     SoftPrompts,
-    attach,
     prefixed,
-    prompting,
-    write_prompts,
 )
 from tests.seekr.tiny import row
 
@@ -40,7 +39,7 @@ def model(spec: SoftPrompts) -> Any:
     draw = torch.Generator().manual_seed(2)
     attach(made, spec)
     embedding = made.get_input_embeddings()
-    for name, shape in spec.shapes(SHAPE["hidden"]).items():
+    for name, shape in spec.leaves(SHAPE["hidden"]).items():
         values = torch.randn(shape, generator=draw, dtype=torch.float64)
         getattr(embedding, name).data = values * 0.3
     return made
@@ -70,7 +69,7 @@ def test_virtual_tokens_are_vectors_before_the_input(kind: str) -> None:
     spec = SPECS[kind]
     made, count = model(spec), len(spec.slots())
     batch = collate(prefixed(ROWS, spec.slots(), VOCAB), pad_id=0)
-    with prompting(made, batch):
+    with seeing(made, batch):
         found = batch_logits(made, batch)
     for index, one in enumerate(ROWS):
         start, length = int(batch.start_B[index]), count + len(one.input_ids)
@@ -105,7 +104,7 @@ def test_generation_sees_the_vectors_at_every_step(kind: str) -> None:
 def test_a_pool_pulls_chosen_keys_towards_their_inputs_and_leaves_the_others() -> None:
     made, batch = model(A_POOL), collate(prefixed(ROWS, A_POOL.slots(), VOCAB), pad_id=0)
     embedding = made.get_input_embeddings()
-    with prompting(made, batch) as state:
+    with seeing(made, batch) as state:
         batch_logits(made, batch)
         assert state is not None and state.pull_B is not None
         pull_B = state.pull_B
@@ -137,11 +136,10 @@ def test_earlier_tasks_can_be_asked_with_the_prompts_of_their_time() -> None:
 def test_prompts_beside_a_model_come_back_with_it(kind: str, tmp_path: Path) -> None:
     spec = SPECS[kind]
     made = model(spec).float()
-    embedding = made.get_input_embeddings()
-    tensors = {name: getattr(embedding, name).detach() for name in spec.shapes(SHAPE["hidden"])}
+    tensors = {name: made.get_parameter(name).detach() for name in spec.shapes(made)}
     save_model(tiny_llama(**SHAPE, seed=1), byte_tokenizer(), tmp_path)
-    write_prompts(tmp_path, spec, tensors)
+    write_addition(tmp_path, spec, tensors)
     loaded = load_model(tmp_path, dtype=torch.float32, attention="sdpa")
     batch = collate(prefixed(ROWS, spec.slots(), VOCAB), pad_id=0)
-    with torch.no_grad(), prompting(loaded, batch), prompting(made, batch):
+    with torch.no_grad(), seeing(loaded, batch), seeing(made, batch):
         torch.testing.assert_close(batch_logits(loaded, batch), batch_logits(made, batch))

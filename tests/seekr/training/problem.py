@@ -6,9 +6,11 @@ the first step. Everything is a pure function of nothing: all processes see the 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import LlamaForCausalLM
 
 from seekr.attention import register
@@ -18,7 +20,7 @@ from seekr.models import byte_tokenizer, save_model, tiny_llama
 from seekr.prompts import TokenizedRow
 from seekr.sampling import query_positions
 from seekr.teacher import Keep, teach_batch
-from seekr.teacher_store import encode_target
+from seekr.teacher_store import decode_target, encode_target
 from seekr.training.microbatches import TrainingRows
 from seekr.training.settings import Lora, Recipe
 
@@ -76,6 +78,14 @@ def training_rows(replay: bool = True, targets: list[bytes] | None = None) -> Tr
         targets=_targets(replayed) if replay else None,
         task_targets=targets,
     )
+
+
+def recorded_weights() -> list[bytes]:
+    """Return targets of the replay rows that say what each gave to a first block and to a second."""
+    return [
+        encode_target(replace(decode_target(target), weights=torch.tensor([0.6, 0.4])))
+        for target in _targets(_rows(7, seed=2))
+    ]
 
 
 def task_targets() -> list[bytes]:

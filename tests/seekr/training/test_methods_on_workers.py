@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from seekr.addition import is_added
 from seekr.methods import METHODS, Method
 from seekr.methods.penalty import Past
-from seekr.soft_prompts import is_prompt, prefixed
 from seekr.training.build import Origin
 from seekr.training.checkpoint import load_checkpoint, take_snapshot, writer_of
 from seekr.training.loop import Training, Workers
@@ -30,6 +30,7 @@ from tests.seekr.training.problem import (
     METHOD,
     PAD_ID,
     recipe,
+    recorded_weights,
     task_targets,
     training_rows,
     write_model,
@@ -66,15 +67,19 @@ def begin(
     """Return a method's training before its first step."""
     method, device = method_named(name), torch.device("cpu")
     lora = LORA if method.needs.adapters else None
-    chosen = recipe(lora=lora, epochs=2, prompts=method.soft_prompts, task="new")
+    addition = method.addition
+    if addition is not None and method.needs.weights:
+        addition = addition.with_task("old")  # alone, a block has all the weight
+    chosen = recipe(lora=lora, epochs=2, addition=addition, task="new")
     execution = Execution(strategy=strategy, micro_batch_size=size)
     built = create_strategy(Origin(folder=folder), chosen, execution, device)
     rows = training_rows(
         replay=method.needs.replay, targets=task_targets() if method.needs.task_logits else None
     )
-    if method.soft_prompts is not None:
-        slots = method.soft_prompts.with_task("new").slots()
-        rows = replace(rows, task=prefixed(rows.task, slots, 258))
+    if method.needs.weights:
+        rows = replace(rows, targets=recorded_weights())
+    if addition is not None:
+        rows = replace(rows, task=addition.with_task("new").before(rows.task, 258))
     workers = Workers(rank=rank, world_size=world_size)
     return Training(
         chosen, execution, method, rows, built, device, PAD_ID, workers,
@@ -132,7 +137,8 @@ def test_training_changes_exactly_what_the_method_trains(
     _, moved = found[name, 1]
     needs = METHODS[name].needs
     for parameter, has_moved in moved.items():
-        trained = not needs.prompts or is_prompt(parameter)
+        trained = not needs.addition or is_added(parameter)
+        trained = trained and "seekr_block_0" not in parameter  # an earlier task's
         trained = trained and (not needs.adapters or ".lora_" in parameter)
         assert has_moved == trained, parameter
 
@@ -143,12 +149,13 @@ def test_the_parts_of_a_loss_that_are_logged_are_those_of_the_method(
 ) -> None:
     needs, steps = METHODS[name].needs, found[name, 1][0]
     expected = {"task"}
-    expected |= {"replay"} if needs.replay else set()
+    expected |= {"replay"} if needs.replay and not needs.weights else set()
+    expected |= {"reflection"} if needs.weights else set()
     expected |= {"logits"} if needs.logits or needs.task_logits else set()
     expected |= {"attention"} if needs.heads else set()
     expected |= {"penalty"} if needs.penalty else set()
     expected |= {"pull"} if name == "l2p" else set()
-    names = {"task", "replay", "logits", "attention", "penalty", "pull"}
+    names = {"task", "replay", "logits", "attention", "penalty", "pull", "reflection"}
     assert set(steps[0]) & names == expected
     for part in expected:
         assert all(np.isfinite(step[part]) for step in steps)
