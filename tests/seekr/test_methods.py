@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,11 +69,13 @@ def forward(student: torch.nn.Module, rows: Batch, probe: Any) -> torch.Tensor:
 
 
 def outputs(student: torch.nn.Module, rows: Batch, targets: list[TeacherTarget]) -> Outputs:
-    collated = collate_targets(targets, rows)
+    recorded = [replace(target, weights=torch.tensor([0.7])) for target in targets]
+    collated = collate_targets(recorded, rows)
     probe = SEEKR().distillation(collated)
     logits = forward(student, rows, probe)
     seen = Seen(SoftPrompts(kind="pool", length=1, pool=2, selected=1))
     seen.pull_B = torch.ones(len(rows), dtype=torch.float64)
+    seen.weights_BS = torch.full((len(rows), 2), 0.5, dtype=torch.float64)
     return Outputs(
         answers=WholeLogits(logits),
         batch=rows,
