@@ -253,8 +253,10 @@ class _Asked:
 
     def _recipe(self, train: TrainConfig) -> Recipe:
         settings = identity(train) | {"dtype": self._config.model.dtype}
-        # What the newest task trains is all that counts; what earlier ones have left is small.
-        return Recipe.of(settings, "last", self._config.method.addition)
+        addition = self._config.method.addition
+        for task in self._config.tasks[:-1]:
+            addition = addition and addition.with_task(task.name)
+        return Recipe.of(settings, self._config.tasks[-1].name, addition)
 
     def of(self, train: TrainConfig) -> MemoryEstimate:
         """Return what one of its workers needs."""

@@ -71,6 +71,16 @@ class Addition(ABC):
         return list(rows)
 
     @property
+    def read_layers(self) -> tuple[str, ...]:
+        """Linear layers whose inputs a backward pass needs."""
+        return ()
+
+    @property
+    def read_rank(self) -> int:
+        """Numbers per token that it keeps in each of them."""
+        return 0
+
+    @property
     def virtual_tokens(self) -> int:
         """How many tokens longer `before` makes a row."""
         return 0

@@ -99,6 +99,14 @@ class SharedAttention(Addition):
             )
         return {n: m for n, m in layers.items() if n.rpartition(".")[2] in self.targets}
 
+    @property
+    def read_layers(self) -> tuple[str, ...]:
+        return self.targets
+
+    @property
+    def read_rank(self) -> int:
+        return self.rank * len(self.tasks)
+
     def trained(self, name: str) -> bool:
         """The newest block and key, the query network, and the first key with the second."""
         leaf, newest = name.rpartition(".")[2], len(self.tasks) - 1

@@ -13,8 +13,8 @@ from typing import Any
 from seekr.addition import is_added
 from seekr.answers import has_plain_head
 from seekr.models import model_shape
-from seekr.training.build import Origin, decoder_layers, empty_model, is_adapter
-from seekr.training.settings import Lora, Recipe
+from seekr.training.build import Origin, addition_after, decoder_layers, empty_model, is_adapter
+from seekr.training.settings import Recipe
 
 # Linear layers that read one tensor, and the one at which an adapter or a gradient keeps it.
 QUERY_KEY_VALUE = ("q_proj", "k_proj", "v_proj")
@@ -37,9 +37,9 @@ class ModelSizes:
         trained, frozen: all numbers that are updated, and those that are not.
         adapters: trained numbers that belong to adapters.
         added: trained numbers beside a frozen model.
-        rank, dropout: of the adapters, 0 without.
-        targets: linear layers with an adapter; all of them are trained themselves without, and none
-            is where something is added.
+        rank, dropout: of adapters and added blocks, all tasks' together; 0 without.
+        targets: linear layers with an adapter or blocks; without, all of them are trained
+            themselves, or none where something else is added.
         plain_head: whether logits can be read in chunks.
     """
 
@@ -103,6 +103,7 @@ def read_sizes(origin: Origin, recipe: Recipe) -> ModelSizes:
         UnsupportedModel: the configuration does not name its layers and heads.
     """
     model, lora = empty_model(origin, recipe), recipe.lora
+    rank, targets = _read_layers(origin, recipe)
     shape, text = model_shape(model.config), model.config.get_text_config()
     layers = decoder_layers(model)
     named = list(model.named_parameters())
@@ -110,7 +111,7 @@ def read_sizes(origin: Origin, recipe: Recipe) -> ModelSizes:
     adapters = sum(p.numel() for name, p in named if is_adapter(name))
     added = [p for name, p in named if is_added(name)]
     in_layers = [(n, p) for layer in layers for n, p in layer.named_parameters()]
-    in_layers = [(name, p) for name, p in in_layers if not is_adapter(name)]
+    in_layers = [(n, p) for n, p in in_layers if not is_adapter(n) and not is_added(n)]
     in_layer = sum(p.numel() for _, p in in_layers)
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
@@ -132,12 +133,18 @@ def read_sizes(origin: Origin, recipe: Recipe) -> ModelSizes:
         frozen=own + adapters + sum(p.numel() for p in added) - trained,
         adapters=adapters,
         added=sum(p.numel() for p in added if p.requires_grad),
-        rank=0 if lora is None else lora.rank,
+        rank=rank,
         dropout=0.0 if lora is None else lora.dropout,
-        targets=() if added else _targets(lora),
+        targets=targets,
         plain_head=has_plain_head(model),
     )
 
 
-def _targets(lora: Lora | None) -> tuple[str, ...]:
-    return ALL_LINEAR if lora is None or lora.targets is None else lora.targets
+def _read_layers(origin: Origin, recipe: Recipe) -> tuple[int, tuple[str, ...]]:
+    """Return the rank that adapters or blocks have, and the layers whose inputs backward needs."""
+    if recipe.addition is not None:
+        addition = addition_after(origin, recipe.addition, recipe.task)
+        return addition.read_rank, addition.read_layers
+    lora = recipe.lora
+    targets = ALL_LINEAR if lora is None or lora.targets is None else lora.targets
+    return 0 if lora is None else lora.rank, targets

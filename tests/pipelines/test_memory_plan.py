@@ -140,6 +140,22 @@ def test_prompts_are_longer_rows_before_a_frozen_model(
     assert not [item for item in small.alternatives if "train.lora" in item.changes]
 
 
+def test_blocks_of_all_tasks_keep_their_layers_inputs(large: Any) -> None:
+    short = "data.max_length=32"
+    blocks, prompts = large("method={name: sapt}", short), large("method={name: l2p}", short)
+    both = large("method={name: sapt, targets: [q_proj, v_proj, o_proj]}", short)
+    tokens = blocks.work.task.positions
+    assert blocks.rows.tokens < prompts.rows.tokens
+    # 32 layers keep the input that q_proj and v_proj share, bfloat16; two tasks' blocks of rank 4.
+    kept = 32 * tokens * 2 * (4096 + 2 * 8)
+    less = prompts.work.task.positions - tokens
+    per_token = prompts.estimate.parts.activations / prompts.work.task.positions
+    plain = prompts.estimate.parts.activations - less * per_token
+    assert blocks.estimate.parts.activations == pytest.approx(plain + kept, rel=0.1)
+    assert both.estimate.parts.activations > blocks.estimate.parts.activations
+    assert blocks.verdict == "fits"
+
+
 def test_elastic_training_is_planned_with_its_fewest_workers(path: Path) -> None:
     elastic = plan_memory(opened(path, "train.workers={min: 2, max: 8}"))
     fixed = plan_memory(opened(path, "train.workers=2"))
