@@ -12,10 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.config import PoolConfig, StreamConfig
-from pipelines.evaluate import ray_tables
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
-from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
+from pipelines.pool import ModelSource, prepare_device, ray_tables, rows_in_blocks
 from pipelines.rowsets import (
     REPLAY,
     ROW_SCHEMA,

@@ -19,7 +19,7 @@ from pipelines.config import PoolConfig, StreamConfig
 from pipelines.hosts import model_pool
 from pipelines.labels import is_before
 from pipelines.monitor import Reporter
-from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
+from pipelines.pool import ModelSource, prepare_device, ray_tables, rows_in_blocks
 from pipelines.results import PREDICTIONS
 from pipelines.rowsets import TEST, kind_folder, load_rows_table, rows_of
 from pipelines.stage import StageOutcome
@@ -85,11 +85,6 @@ def evaluate(
     workspace.write_json(CELLS, {"cells": cells, "decoding": {"strategy": "greedy"}})
     stats = {f"{cell['model_after']}/{cell['task']}": cell["score"] for cell in cells}
     return StageOutcome(rows=table.num_rows * len(models), stats=stats)
-
-
-def ray_tables(dataset: Any) -> list[pa.Table]:
-    """Return a small dataset's blocks as Arrow tables in this process."""
-    return [batch for batch in dataset.iter_batches(batch_format="pyarrow", batch_size=None)]
 
 
 def _with_task(table: pa.Table, task: str) -> pa.Table:

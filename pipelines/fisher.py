@@ -19,10 +19,9 @@ from torch import Tensor
 
 from pipelines.artifact import Artifact
 from pipelines.config import PoolConfig, StreamConfig
-from pipelines.evaluate import ray_tables
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
-from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
+from pipelines.pool import ModelSource, prepare_device, ray_tables, rows_in_blocks
 from pipelines.rowsets import TRAIN, kind_folder, load_rows_table, rows_of
 from pipelines.stage import StageOutcome
 from pipelines.store import Store

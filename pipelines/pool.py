@@ -72,3 +72,8 @@ def rows_in_blocks(table: pa.Table, pool: PoolConfig) -> Dataset:
     size = -(-table.num_rows // blocks)
     pieces = [table.slice(start, size) for start in range(0, table.num_rows, size)]
     return ray.data.from_arrow(pieces)
+
+
+def ray_tables(dataset: Dataset) -> list[pa.Table]:
+    """Return a small dataset's blocks as Arrow tables in this process."""
+    return [batch for batch in dataset.iter_batches(batch_format="pyarrow", batch_size=None)]

@@ -14,10 +14,9 @@ import pyarrow as pa
 import torch
 
 from pipelines.config import PoolConfig, StreamConfig
-from pipelines.evaluate import ray_tables
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
-from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
+from pipelines.pool import ModelSource, prepare_device, ray_tables, rows_in_blocks
 from pipelines.rowsets import REPLAY, TRAIN, kind_folder, load_rows_table, rows_of, write_table
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace

@@ -3,8 +3,9 @@
 What stands around the input in a stored prompt is the task's frame: template, definition, BOS. Put
 around another task's input it asks the earlier question of new text, and the model that has not yet
 learnt the new task answers as it always did. Such rows hold the model where the new task's rows pull at
-it, and cost no storage. Where the earlier task means nothing for such inputs, what they hold is only
-what the model happens to say there (as in Learning without Forgetting, under each task's instruction).
+it, and no later training needs them. Where the earlier task means nothing for such inputs, what they
+hold is only what the model happens to say there (as in Learning without Forgetting, under each task's
+instruction).
 """
 
 from __future__ import annotations

@@ -154,6 +154,10 @@ class Attending(Seen):
         super().see(batch)
         self._ids_BT = batch.input_ids_BT
 
+    def forget(self) -> None:
+        super().forget()
+        self._ids_BT = None
+
     def attend(self, module: Any, _: Any, embedded_BTD: Tensor) -> None:
         """Compute a batch's weights from its prompts' embeddings; kept for tokens that follow."""
         mask_BT, self.mask_BT = self.mask_BT, None

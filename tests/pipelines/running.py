@@ -1,4 +1,5 @@
-"""`seekr run` in a process of its own, as a scheduler would start it, for tests that kill it."""
+"""`seekr run` in a process of its own, as a scheduler would start it, for tests that kill it; and
+streams that run in this process to their end."""
 
 from __future__ import annotations
 
@@ -9,14 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import ray
 from ray.util.state import list_actors
+
+from pipelines.artifact import Artifact
+from pipelines.stage import find
+from pipelines.stream import open_stream, run_streams
 
 RUN_SECONDS = 1200
 
@@ -25,6 +31,23 @@ def workers_started() -> int:
     """Return how many training workers the cluster of this process has ever started."""
     actors: list[Any] = list_actors(ray.get_runtime_context().gcs_address, limit=10_000)
     return sum(actor.class_name.startswith("RayTrainWorker") for actor in actors)
+
+
+Find = Callable[[str], Artifact]
+
+
+def run_to_end(path: Path, *changes: str) -> Find:
+    """Run a stream without any warning; returns a function from a stage's name to its artifact."""
+    stream = open_stream(path, changes, writable=True)
+    run_streams([stream], lambda *_: None, warn=pytest.fail)
+    records = {str(stage): find(stream.store, stage) for stage in stream.stages}
+
+    def found(name: str) -> Artifact:
+        record = records[name]
+        assert record is not None
+        return Artifact(store=stream.store, record=record)
+
+    return found
 
 
 @dataclass(slots=True)

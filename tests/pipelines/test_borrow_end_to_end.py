@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +21,16 @@ from pipelines.rowsets import (
     load_table,
     rows_of,
 )
-from pipelines.stage import find
-from pipelines.stream import open_stream, run_streams
 from pipelines.teach import TARGETS
 from seekr.models import load_tokenizer
 from seekr.prompts import TokenizedRow, eos_id_of
+from tests.pipelines.running import run_to_end
 from tests.pipelines.streams import NUM_TEST, NUM_TRAIN, RULES, make_stream
 
 pytestmark = pytest.mark.ray
 FIRST, SECOND, THIRD = list(RULES)[:3]
 # The rows' own instruction stays in the input; what a template adds is the frame.
 FRAMES = [f"tasks.{i}.template='<{name}> {{input}}'" for i, name in enumerate(list(RULES)[:3])]
-Find = Callable[[str], Artifact]
-
-
-def run(path: Path, *changes: str) -> Find:
-    stream = open_stream(path, changes, writable=True)
-    run_streams([stream], lambda *_: None, warn=pytest.fail)
-    records = {str(stage): find(stream.store, stage) for stage in stream.stages}
-
-    def found(name: str) -> Artifact:
-        record = records[name]
-        assert record is not None
-        return Artifact(store=stream.store, record=record)
-
-    return found
 
 
 def rows_in(artifact: Artifact, folder: str) -> list[TokenizedRow]:
@@ -59,7 +43,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_stream_replays_the_new_inputs_under_earlier_instructions(path: Path) -> None:
-    found = run(path, "replay.borrowed=6", "train.epochs=3", "train.learning_rate=0.01", *FRAMES)
+    found = run_to_end(
+        path, "replay.borrowed=6", "train.epochs=3", "train.learning_rate=0.01", *FRAMES
+    )
     artifact = found(f"borrow/{THIRD}")
     assert artifact.record.stats["asked"] == 12
     rows = rows_in(artifact, REPLAY)
@@ -79,7 +65,7 @@ def test_a_stream_replays_the_new_inputs_under_earlier_instructions(path: Path) 
 
 def test_held_out_rows_are_evaluated_and_never_trained_on(path: Path) -> None:
     changes = ["data.validation_rows=7", "evaluate.split=validation", "method={name: replay}"]
-    found = run(path, *changes)
+    found = run_to_end(path, *changes)
     for task in (FIRST, SECOND):
         ingest = found(f"ingest/{task}")
         held, kept, test = (
@@ -107,7 +93,7 @@ def test_rows_of_a_test_set_that_are_trained_on_are_counted(path: Path, tmp_path
     values["data_root"] = str(path.parent)
     values["tasks"][0]["test"] = str(tmp_path / "test.jsonl")
     (tmp_path / "stream.yaml").write_text(yaml.safe_dump(values))
-    found = run(tmp_path / "stream.yaml")
+    found = run_to_end(tmp_path / "stream.yaml")
     assert found(f"ingest/{FIRST}").record.stats["test_rows_in_train"] == 4
 
 
@@ -134,7 +120,7 @@ def test_general_ability_is_measured_with_a_task_of_ones_own(path: Path, tmp_pat
         f"general.folder={tmp_path}",
         "general.max_length=48",
     )
-    found = run(path, "method={name: seqft}", *changes)
+    found = run_to_end(path, "method={name: seqft}", *changes)
     for model in ("base", THIRD):
         cell = found(f"general/{model}").read_json("general.json")["tasks"]["which_letter"]
         assert cell["metric"] == "acc" and cell["rows"] == 6

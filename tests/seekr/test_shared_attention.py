@@ -166,6 +166,19 @@ def test_a_task_trains_its_own_block_and_key_and_the_query_network(count: int) -
             assert bool(parameter.grad.any()) == (count > 1), name
 
 
+def test_gradients_reach_a_low_layer_through_earlier_blocks_above_it() -> None:
+    spec, batch = spec_of(3), collate(ROWS, pad_id=0)
+    made = model(spec)
+    block = made.get_parameter("model.layers.0.self_attn.v_proj.seekr_block_2_b")
+    logits_of(made, batch)[:, :, :9].square().sum().backward()
+    found, values = float(block.grad[1, 0]), []
+    for step in (1e-5, -2e-5):
+        block.data[1, 0] += step
+        with torch.no_grad():
+            values.append(float(logits_of(made, batch)[:, :, :9].square().sum()))
+    assert found == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+
+
 def test_a_block_that_begins_adds_nothing() -> None:
     spec, batch = spec_of(3), collate(ROWS, pad_id=0)
     plain: Any = tiny_llama(**SHAPE, seed=1)
