@@ -22,6 +22,14 @@ from seekr.errors import UnsupportedModel
 _TRIED_LENGTHS = (3, 2)
 
 
+def model_inputs(batch: Batch) -> dict[str, Tensor]:
+    """Return what a model is called with: positions count from each row's first real token."""
+    inputs = batch.inputs()
+    if "position_ids" not in inputs:
+        inputs["position_ids"] = token_positions(batch.attention_mask_BT)
+    return inputs
+
+
 def batch_logits(model: nn.Module, batch: Batch, kept_T: Tensor | None = None) -> Tensor:
     """Run a model with every row's positions counted from its first real token.
 
@@ -34,9 +42,7 @@ def batch_logits(model: nn.Module, batch: Batch, kept_T: Tensor | None = None) -
     Returns:
         Logits [B,T,V], or [B,kept,V].
     """
-    inputs = batch.inputs()
-    if "position_ids" not in inputs:
-        inputs["position_ids"] = token_positions(batch.attention_mask_BT)
+    inputs = model_inputs(batch)
     if kept_T is None:
         return model(**inputs, use_cache=False).logits
     if "logits_to_keep" in _parameters(inner_model(model)):

@@ -64,7 +64,7 @@ def empty_model(origin: Origin, recipe: Recipe) -> PreTrainedModel:
         )
     model.tie_weights()
     if recipe.lora is not None:
-        _inject(model, recipe.lora)
+        inject_adapters(model, recipe.lora)
     if recipe.addition is not None:
         model.requires_grad_(False)
         attach(model, addition_after(origin, recipe.addition, recipe.task))
@@ -87,8 +87,12 @@ def check_adapters(origin: Origin, recipe: Recipe) -> None:
         empty_model(origin, recipe)
 
 
-def _inject(model: PreTrainedModel, lora: Lora) -> None:
-    """Put adapters into the model in place and freeze everything else."""
+def inject_adapters(model: PreTrainedModel, lora: Lora) -> None:
+    """Put adapters into the model in place, on the meta device, and freeze everything else.
+
+    Raises:
+        ConfigError: the adapters name layers that the model lacks.
+    """
     decoder: Any = model.get_decoder()
     linear = {n.rpartition(".")[2] for n, m in decoder.named_modules() if type(m) is nn.Linear}
     unknown = sorted(set(lora.targets or ()) - linear)
@@ -145,6 +149,15 @@ def adapter_of(name: str) -> tuple[str, str]:
 def is_adapter(name: str) -> bool:
     """Return whether a parameter belongs to an adapter."""
     return f".{_ADAPTER}." in name
+
+
+def adapter_start(draw: str, name: str, shape: torch.Size) -> Tensor:
+    """Return an adapter's numbers before training: A drawn evenly, B zero, so that B A is zero."""
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{draw}/{name}".encode()))
+    bound = 1.0 / math.sqrt(shape[1])  # of kaiming_uniform with a = sqrt(5), as peft has it
+    return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
 def origin_source(origin: Origin, model: PreTrainedModel, recipe: Recipe) -> Source:
@@ -221,7 +234,7 @@ class WeightFiles:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _WithAdapters:
-    """A model's files, and adapters as they start: A drawn evenly, B zero, so that B A is zero."""
+    """A model's files, and adapters as they start."""
 
     files: Source
     shapes: dict[str, torch.Size]
@@ -230,12 +243,7 @@ class _WithAdapters:
     def read(self, name: str, start: int, length: int) -> Tensor:
         if name not in self.shapes:
             return self.files.read(name, start, length)
-        shape = self.shapes[name]
-        if ".lora_B." in name:
-            return torch.zeros(length)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.draw}/{name}".encode()))
-        bound = 1.0 / math.sqrt(shape[1])  # of kaiming_uniform with a = sqrt(5), as peft has it
-        values = torch.rand(shape, generator=generator) * (2 * bound) - bound
+        values = adapter_start(self.draw, name, self.shapes[name])
         return values.view(-1)[start : start + length]
 
 

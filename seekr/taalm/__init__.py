@@ -1,0 +1,1 @@
+"""Train-Attention: a second model learns which tokens of a document are worth learning from."""
