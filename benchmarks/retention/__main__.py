@@ -24,7 +24,7 @@ CONFIGURATIONS = Path(__file__).with_name("configurations.yaml")
 
 
 def main() -> None:
-    """Parse the command line, run what is missing, write rows.jsonl, table.md and retention.svg."""
+    """Parse the command line, run what is missing, write its rows, table and picture."""
     groups: dict[str, Any] = yaml.safe_load(CONFIGURATIONS.read_text(encoding="utf-8"))
     known = {name: changes for group in groups.values() for name, changes in group.items()}
     parser = argparse.ArgumentParser(
@@ -63,14 +63,15 @@ def main() -> None:
                 [run.stream for run in runs], watcher, warn=console.print, interrupts=interrupts
             )
     rows = [suite.raw_row(run, view) for run, view in zip(runs, views, strict=True)]
-    suite.write_rows(args.out / "rows.jsonl", rows)
+    name = "chosen" if args.configurations else args.group
+    files = [args.out / f"{name}.{kind}" for kind in ("jsonl", "md", "svg")]
+    suite.write_rows(files[0], rows)
     (args.out / "machine.json").write_text(json.dumps(describe(), indent=1) + "\n")
-    (args.out / "table.md").write_text(markdown(rows), encoding="utf-8")
-    figure(rows, args.out / "retention.svg")
+    files[1].write_text(markdown(rows), encoding="utf-8")
+    figure(rows, files[2])
     console.print(table(rows))
-    console.print(
-        f"{args.out}/table.md, rows.jsonl, retention.svg  ({time.monotonic() - started:.0f} s)"
-    )
+    written = ", ".join(str(file) for file in files)
+    console.print(f"{written}  ({time.monotonic() - started:.0f} s)")
 
 
 if __name__ == "__main__":
