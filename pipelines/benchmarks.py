@@ -60,9 +60,10 @@ def benchmark_stream(
     _one_of(METHODS, method, "method")
     chosen = _one_of(facts["orders"], order, f"order of {name}")
     folder, variant = _variant(facts, name, data, variant)
-    epochs = chosen["epochs"]
-    per_task = epochs if isinstance(epochs, list) else [epochs] * len(chosen["tasks"])
-    wanted = list(zip(chosen["tasks"], per_task, strict=True))[:first]
+    epochs, train = chosen["epochs"], facts["train"]
+    if isinstance(epochs, int):  # of all tasks: one field to change
+        train, epochs = train | {"epochs": epochs}, [None] * len(chosen["tasks"])
+    wanted = list(zip(chosen["tasks"], epochs, strict=True))[:first]
     for task in without:
         _one_of(dict(wanted), task, f"task of {name}, order {order}")
     wanted = [(task, count) for task, count in wanted if task not in without]
@@ -79,7 +80,7 @@ def benchmark_stream(
         "data": facts["data"],
         "tasks": tasks,
         "method": {"name": method} | (_budgets(model) if method == "seekr" else {}),
-        "train": facts["train"],
+        "train": train,
     }
 
 
@@ -134,7 +135,7 @@ def _variant(
 
 
 def _tasks(
-    facts: dict[str, Any], folder: Path, wanted: Sequence[tuple[str, int]]
+    facts: dict[str, Any], folder: Path, wanted: Sequence[tuple[str, int | None]]
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     missing: list[str] = []
@@ -144,7 +145,8 @@ def _tasks(
         gone = [path for path in files.values() if not path.is_file()]
         missing += [f"{task}: {path}" for path in gone]
         paths = {part: os.path.abspath(path) for part, path in files.items()}
-        found.append({"name": task, **paths, "epochs": epochs, **facts["tasks"][task]})
+        own = {} if epochs is None else {"epochs": epochs}
+        found.append({"name": task, **paths, **own, **facts["tasks"][task]})
     if missing:
         raise DataError(
             f"{len(missing)} files of {facts['title']} are not below {folder}: {'; '.join(missing)}. "

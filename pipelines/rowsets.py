@@ -33,6 +33,8 @@ ROW_SCHEMA = pa.schema(
 ROWS = "rows"
 TRAIN, TEST, VALIDATION, BAD = "train", "test", "validation", "bad"
 REPLAY = "replay"
+# Column of documents alone: places of the tokens that matter.
+FOCUS = "focus"
 
 
 def kind_folder(kind: str) -> str:
@@ -81,7 +83,7 @@ def write_table(rows: pa.Table, workspace: Workspace, folder: str) -> None:
 
 
 def smallest(rows: Dataset, kind: str | None, size: int, seed: int) -> pa.Array:
-    """Return the ids of the `size` rows with the smallest hash of (seed, row id).
+    """Return the ids of the `size` rows with the smallest hash of (seed, row id), all if there are less.
 
     Each block hands in its own smallest, so nothing is shuffled and the answer is exact.
 
@@ -96,7 +98,8 @@ def smallest(rows: Dataset, kind: str | None, size: int, seed: int) -> pa.Array:
         return pa.table({"row_id": pa.array(ids[:size], pa.string())})
 
     found = rows.map_batches(of_block, batch_format="pyarrow", batch_size=None).take_all()
-    return pa.array(draw([row["row_id"] for row in found], size, seed), pa.string())
+    ids = [row["row_id"] for row in found]
+    return pa.array(draw(ids, min(size, len(ids)), seed), pa.string())
 
 
 def load_table(artifact: Artifact, folder: str, columns: list[str] | None = None) -> pa.Table:
