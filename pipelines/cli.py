@@ -75,7 +75,7 @@ def run(
     from pipelines.export import check_target
     from pipelines.interrupts import Interrupts
     from pipelines.report import write_report
-    from pipelines.tables import comparison_table, matrix_table, summary
+    from pipelines.tables import comparison_table, knowledge_table, matrix_table, summary
     from pipelines.watching import Watcher
 
     with Interrupts(grace, tell=_warn) as interrupts:
@@ -97,10 +97,13 @@ def run(
         ]
         _print_json(found[0] if len(found) == 1 else {"streams": found})
         return
-    for view in views:
+    tested = [view for view in views if view.measured()]
+    for view in tested:
         out.print(matrix_table(view))
-    if len(views) > 1:
-        out.print(comparison_table(views))
+    if len(tested) > 1:
+        out.print(comparison_table(tested))
+    if (facts := knowledge_table(views)) is not None:
+        out.print(facts)
     _say(f"report: {where}")
 
 

@@ -19,8 +19,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pipelines.data_config import DataConfig, Name, ProbeConfig, TaskConfig, TaskOptions
+from pipelines.labels import ALL_TASKS, BASE, REVIEW
 from pipelines.pool_config import EvaluateConfig, GeneralConfig, PoolConfig, TeachConfig
 from pipelines.section import Section, execution
+from pipelines.token_weights_config import TokenWeights
 from pipelines.train_config import TrainConfig
 from seekr.methods.derpp import DERpp
 from seekr.methods.ewc import EWC
@@ -31,6 +34,7 @@ from seekr.methods.olora import OLoRA
 from seekr.methods.opr import OPR
 from seekr.methods.pp import ProgressivePrompts
 from seekr.methods.replay import Replay
+from seekr.methods.rho1 import RHO1
 from seekr.methods.sapt import SAPT
 from seekr.methods.seekr import SEEKR
 from seekr.methods.seqft import SeqFT
@@ -47,12 +51,9 @@ AnyMethod = Annotated[
     | L2P
     | ProgressivePrompts
     | SAPT
+    | RHO1
     | MTL,
     Field(discriminator="name"),
-]
-Metric = Literal["exact_match", "accuracy", "rouge_l", "edit_similarity", "bleu", "sari"]
-Name = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80, description="A plain name.")
 ]
 # Logical CPUs for Ray Data's own read and write tasks.
 _TASK_CPUS = 2
@@ -67,71 +68,6 @@ class ModelConfig(Section):
     """Of the forward pass and of the saved models; optimizer and master weights stay float32."""
     trust_remote_code: bool = execution(False)
     """Run Python code that lies in the model's folder. Off unless you say so."""
-
-
-class Columns(Section):
-    """Names of the source's columns; null finds the usual ones."""
-
-    input: str | None = None
-    """What the model is asked: input or prompt."""
-    output: str | None = None
-    """The answer, or a list of accepted ones: output or answer."""
-    definition: str | None = None
-    """The task in words, where the template wants it."""
-
-
-class TaskOptions(Section):
-    """How a task's rows are read, written as a prompt and scored. Set for all tasks in `data`, and
-    for one of them in `tasks`."""
-
-    columns: Columns | None = None
-    """Which columns of the files hold what."""
-    template: str | None = None
-    """Prompt with {input} and perhaps {definition}; null takes what belongs to the file's layout."""
-    max_length: int | None = Field(default=None, ge=4)
-    """Tokens of prompt and answer together; a longer input is cut, never the template."""
-    max_answer_length: int | None = Field(default=None, ge=2)
-    """Tokens reserved for the answer with its EOS; also the most that evaluation generates."""
-    truncate: Literal["head", "tail"] | None = None
-    """The end of a long input that is cut off."""
-    metric: Metric | None = None
-    """What a prediction is scored by, over all references of its row."""
-    train_rows: int | None = Field(default=None, ge=1)
-    """Keep this many training rows, drawn by hash; null keeps all."""
-    test_rows: int | None = Field(default=None, ge=1)
-    """The same for test rows."""
-    validation_rows: int | None = Field(default=None, ge=1)
-    """Training rows that are held out, drawn by hash: never trained on or replayed; null holds none."""
-
-
-class DataConfig(TaskOptions):
-    """Defaults for every task."""
-
-    columns: Columns = Columns()  # type: ignore[assignment]
-    """Which columns of the files hold what."""
-    max_length: int = Field(default=1024, ge=4)  # type: ignore[assignment]
-    """Tokens of prompt and answer together; a longer input is cut, never the template."""
-    max_answer_length: int = Field(default=256, ge=2)  # type: ignore[assignment]
-    """Tokens reserved for the answer with its EOS; also the most that evaluation generates."""
-    truncate: Literal["head", "tail"] = "tail"  # type: ignore[assignment]
-    """The end of a long input that is cut off."""
-    metric: Metric = "rouge_l"  # type: ignore[assignment]
-    """What a prediction is scored by, over all references of its row."""
-    max_bad_share: float = execution(0.0, ge=0, lt=1)
-    """Share of malformed rows that is quarantined instead of stopping the run."""
-
-
-class TaskConfig(TaskOptions):
-    """One task of the stream, in learning order."""
-
-    name: Name
-    """Names its stages and its column of the matrix; a folder name."""
-    train: str = execution(..., min_length=1)
-    """File, folder, glob or URI of training rows; relative paths start at data_root."""
-    test: str = execution(..., min_length=1)
-    """The same for the rows it is tested on."""
-    epochs: int | None = Field(default=None, ge=1)
-    """Passes over the rows; train.epochs unless given."""
 
 
 class ReplayConfig(Section):
@@ -152,7 +88,9 @@ class ReplayConfig(Section):
     """Score by the task's metric from which an own answer is replayed."""
     rejected: Literal["gold", "drop"] = "gold"
     """What is replayed for a prompt without a good own answer: its gold answer, or nothing."""
-
+    review: str | None = execution(None, min_length=1)
+    """File, folder, glob or URI of rows that are replayed from the first task on, as the model has been
+    trained on such before (Mix-review); read like the tasks' rows. Null replays kept rows alone."""
     borrowed: int | None = Field(default=None, ge=1)
     """Rows per earlier task made while a task is learnt: its inputs under the earlier task's
     instruction, with the newest model's answers. They are replayed too, and not kept; null makes
@@ -214,8 +152,12 @@ class StreamConfig(Section):
     """Defaults for every task."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     """In learning order; append new ones at the end."""
+    probes: tuple[ProbeConfig, ...] = ()
+    """Sentences that are scored before and after every epoch of every training."""
     method: AnyMethod
     """Its name, and its own settings."""
+    token_weights: TokenWeights | None = None
+    """What each token of a document counts; null counts all alike."""
     replay: ReplayConfig = ReplayConfig()
     """Which old rows are kept and how often they are seen."""
     train: TrainConfig = TrainConfig()
@@ -242,7 +184,7 @@ class StreamConfig(Section):
         for task in tasks:
             if task.name.lower() in seen:
                 raise ValueError(f"the task name {task.name!r} occurs twice; give each its own")
-            if task.name.lower() in {"all", "base"}:
+            if task.name.lower() in {ALL_TASKS, BASE, REVIEW}:
                 raise ValueError(f"the task name {task.name!r} is reserved; choose another")
             if "--" in task.name:
                 raise ValueError(
@@ -270,7 +212,8 @@ class StreamConfig(Section):
     @model_validator(mode="after")
     def _method_can_be_trained(self) -> StreamConfig:
         method, train = self.method, self.train
-        if train.pack_tokens is not None and (method.needs.task_logits or method.needs.addition):
+        single = method.needs.task_logits or method.needs.addition or method.needs.reference
+        if train.pack_tokens is not None and single:
             raise ValueError(
                 f"train.pack_tokens is {train.pack_tokens} and method {method.name} has targets or "
                 "an addition for single rows; null is needed"
@@ -290,6 +233,12 @@ class StreamConfig(Section):
                 "weights stay frozen; set train.lora to null"
             )
         replay = self.replay
+        if replay.review is not None and (not method.needs.replay or method.needs.teacher):
+            found = "has targets for what it replays" if method.needs.teacher else "replays nothing"
+            raise ValueError(
+                f"replay.review is set and method {method.name} {found}; replay and opr go with it: "
+                "choose one, or leave replay.review out"
+            )
         if method.needs.weights and (replay.borrowed is not None or replay.answers != "gold"):
             name = "borrowed" if replay.borrowed is not None else "answers"
             raise ValueError(
@@ -301,6 +250,65 @@ class StreamConfig(Section):
                 f"general.tasks is set and method {method.name} trains an addition to a frozen model, which "
                 "lm-eval does not know how to use; leave general.tasks empty"
             )
+        return self
+
+    @field_validator("probes")
+    @classmethod
+    def _one_set_per_role(cls, probes: tuple[ProbeConfig, ...]) -> tuple[ProbeConfig, ...]:
+        names = [item.name.lower() for item in probes]
+        roles = [item.role for item in probes if item.role != "watched"]
+        for kind, found in (("name", names), ("role", roles)):
+            twice = next((value for value in found if found.count(value) > 1), None)
+            if twice is not None:
+                raise ValueError(
+                    f"the {kind} {twice!r} occurs twice among the probes; give each its own"
+                )
+        return probes
+
+    @model_validator(mode="after")
+    def _documents_go_with_the_rest(self) -> StreamConfig:
+        documents = [t.name for t in self.tasks if self.options(t).columns.text is not None]
+        untested = [task.name for task in self.tasks if task.test is None]
+        missing = sorted(set(untested) - set(documents))
+        if missing:
+            raise ValueError(
+                f"task {missing[0]} has no test; one is needed for rows that are asked: set tasks.N.test"
+            )
+        if untested and len(untested) < len(self.tasks):
+            raise ValueError(
+                f"task {untested[0]} has no test and other tasks have one; with some of them the final "
+                "scores would leave out what that task did: give each a test, or none"
+            )
+        if documents and self.evaluate.split == "validation":
+            raise ValueError(
+                f"evaluate.split is validation and task {documents[0]} learns documents, which ask "
+                "nothing; choose test"
+            )
+        method = self.method
+        if self.token_weights is not None and method.needs.reference:
+            raise ValueError(
+                f"token_weights is set and method {method.name} says itself which tokens count; "
+                "leave token_weights out"
+            )
+        if self.token_weights is not None and (
+            self.replay.borrowed is not None or self.replay.answers != "gold"
+        ):
+            raise ValueError(
+                "token_weights is set and replay makes answers of its own, whose tokens nobody has "
+                "weighed; leave replay.borrowed and replay.answers out"
+            )
+        for name, wanted in (("probes", self.probes), ("token_weights", self.token_weights)):
+            if wanted and method.needs.addition:
+                raise ValueError(
+                    f"{name} is set and method {method.name} trains an addition to a frozen model; "
+                    f"leave {name} out"
+                )
+        if self.token_weights is not None and self.token_weights.by == "focus":
+            for task in self.tasks:
+                if self.options(task).columns.focus is None:
+                    raise ValueError(
+                        f"token_weights.by is focus and task {task.name} has no columns.focus; set it"
+                    )
         return self
 
     @property
@@ -318,6 +326,17 @@ class StreamConfig(Section):
         for task in self.tasks:
             addition = addition and addition.with_task(task.name)
         return addition.virtual_tokens if addition else 0
+
+    @property
+    def review(self) -> TaskConfig | None:
+        """The rows of replay.review, as if they were a task's."""
+        source = self.replay.review
+        return None if source is None else TaskConfig(name=REVIEW, train=source)
+
+    @property
+    def sources(self) -> tuple[TaskConfig, ...]:
+        """All whose rows are ingested: the tasks, and what is reviewed."""
+        return self.tasks if self.review is None else (*self.tasks, self.review)
 
     def options(self, task: TaskConfig) -> DataConfig:
         """Return a task's options with the defaults filled in."""

@@ -10,36 +10,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.config import StreamConfig, TaskConfig
-from pipelines.labels import ALL_TASKS, BASE, before, borrowed, foretold, retaught
+from pipelines import graph_documents as documents
+from pipelines.config import StreamConfig
+from pipelines.data_config import TaskConfig
+from pipelines.labels import ALL_TASKS, BASE, REVIEW, before, borrowed, foretold, retaught
 from pipelines.section import identity
 from pipelines.stage import Stage
-from pipelines.stage_settings import decoding, precision, replay_targets, targets, training
+from pipelines.stage_kinds import stage_of
+from pipelines.stage_settings import (
+    decoding,
+    everything,
+    precision,
+    replay_targets,
+    targets,
+    training,
+)
 from pipelines.survey import Facts
 from seekr.methods.ewc import EWC, FISHER
 from seekr.methods.sapt import SAPT
 from seekr.methods.seekr import SEEKR
-
-# Raise a number when the same inputs would give another output than before.
-VERSIONS = {
-    "ingest": 1,
-    "sample": 1,
-    "rollout": 1,
-    "borrow": 1,
-    "train": 4,
-    "fisher": 1,
-    "score": 2,
-    "select": 1,
-    "teach": 2,
-    "evaluate": 1,
-    "general": 1,
-}
 
 
 def build_graph(config: StreamConfig, facts: Facts) -> tuple[Stage, ...]:
     """Return the stream's stages; each comes after all of its inputs."""
     builder = _Builder(config, facts)
     builder.general(BASE)
+    builder.outside()
     if config.method.needs.all_tasks:
         builder.joint()
     else:
@@ -62,7 +58,8 @@ class _Builder:
         task, needs = self._config.tasks[index], self._method.needs
         known = [other.name for other in self._config.tasks[: index + 1]]
         self._ingest(task)
-        if self._config.evaluate.forward_transfer and index > 0:
+        self._weigh(task)
+        if self._config.evaluate.forward_transfer and index > 0 and task.test is not None:
             self._evaluate_before(task, known[-2])
         late = self._config.replay.sampling == "surprise_after"
         if needs.replay and not late:
@@ -91,8 +88,10 @@ class _Builder:
         """Add one training on all tasks' rows."""
         for task in self._config.tasks:
             self._ingest(task)
+            self._weigh(task)
         names = [task.name for task in self._config.tasks]
         inputs = {f"data.{name}": self._latest["ingest", name] for name in names}
+        inputs |= self._per_token(names)
         settings = training(self._config, self._config.train.epochs, earlier=False)
         self._add("train", ALL_TASKS, settings, inputs, {"model": self._facts.model_digest})
         self._evaluate(ALL_TASKS, names)
@@ -114,15 +113,48 @@ class _Builder:
         inputs = {} if learnt == BASE else {"model": self._latest["train", learnt]}
         self._add("general", learnt, settings, inputs, sources)
 
+    def outside(self) -> None:
+        """Add what is made before any task: sentences to score, a network that weighs tokens."""
+        for stage in documents.probe_stages(self._config, self._facts):
+            self._keep(stage)
+        if (review := self._config.review) is not None:
+            self._ingest(review)
+            data = {"data": self._latest["ingest", REVIEW]}
+            self._add("sample", REVIEW, everything(self._config), data)
+        network = documents.network_stage(self._config, self._facts)
+        if network is not None:
+            self._keep(network)
+        if review is not None:
+            self._weigh(review)
+
+    def _weigh(self, task: TaskConfig) -> None:
+        """Add what the tokens of a task's rows count, if they do not all count the same."""
+        data, network = self._latest["ingest", task.name], self._latest.get(("meta", BASE))
+        stage = documents.weights_stage(self._config, self._facts, data, network)
+        if stage is not None:
+            self._keep(stage)
+
+    def _per_token(self, names: list[str]) -> dict[str, Stage]:
+        """Return a training's inputs about single tokens: their weights, and sentences to score."""
+        found = {
+            f"weights.{name}": self._latest["weights", name]
+            for name in names
+            if ("weights", name) in self._latest
+        }
+        scored = {
+            f"probes.{item.name}": self._latest["probe", item.name] for item in self._config.probes
+        }
+        return found | scored
+
     def _ingest(self, task: TaskConfig) -> None:
         facts, options = self._facts.tasks[task.name], self._config.options(task)
-        settings = identity(options) | {"template": facts.template}
+        settings: dict[str, Any] = identity(options) | {"template": facts.template}
         del settings["metric"]
-        sources = {
-            "train": facts.train.digest,
-            "test": facts.test.digest,
-            "tokenizer": self._facts.tokenizer_digest,
-        }
+        if options.columns.text is None:  # as if there were no documents
+            del settings["columns"]["text"], settings["columns"]["focus"]
+        sources = {"train": facts.train.digest, "tokenizer": self._facts.tokenizer_digest}
+        if facts.test is not None:
+            sources["test"] = facts.test.digest
         self._add("ingest", task.name, settings, {}, sources)
 
     @property
@@ -189,8 +221,10 @@ class _Builder:
 
     def _train(self, task: TaskConfig, earlier: list[str]) -> None:
         inputs = {f"data.{task.name}": self._latest["ingest", task.name]}
-        replayed = self._method.needs.replay and bool(earlier)
+        reviewed = [REVIEW] if self._config.review is not None else []
+        replayed = [*reviewed, *earlier] if self._method.needs.replay else []
         if replayed:
+            inputs |= {f"replay.{name}": self._latest["sample", name] for name in reviewed}
             inputs |= {f"replay.{name}": self._kept(name) for name in earlier}
             if self._method.needs.teacher:
                 inputs |= {f"targets.{name}": self._latest["teach", name] for name in earlier}
@@ -199,6 +233,7 @@ class _Builder:
                 inputs[f"replay.{label}"] = self._latest["borrow", task.name]
                 if self._method.needs.teacher:
                     inputs[f"targets.{label}"] = self._latest["teach", label]
+        inputs |= self._per_token([task.name, *replayed])
         if self._method.needs.task_logits and earlier:
             inputs[f"task_targets.{task.name}"] = self._latest["teach", task.name]
         if self._method.needs.fisher and earlier:
@@ -206,7 +241,9 @@ class _Builder:
         if self._method.needs.adapters:
             inputs |= {f"past.{name}": self._latest["train", name] for name in earlier}
         settings = training(
-            self._config, task.epochs or self._config.train.epochs, earlier=bool(earlier)
+            self._config,
+            task.epochs or self._config.train.epochs,
+            earlier=bool(earlier or reviewed),
         )
         self._add("train", task.name, settings, inputs | self._model("model", earlier))
 
@@ -277,6 +314,8 @@ class _Builder:
         self._latest["teach", task.name] = self._add("teach", label, settings, inputs)
 
     def _evaluate(self, learnt: str, tasks: list[str]) -> None:
+        if self._config.tasks[0].test is None:  # then no task has one
+            return
         inputs = {f"data.{name}": self._latest["ingest", name] for name in tasks}
         inputs[f"model.{learnt}"] = self._latest["train", learnt]
         self._add("evaluate", learnt, decoding(self._config, tasks), inputs)
@@ -302,14 +341,9 @@ class _Builder:
             base = {"train": "model", "score": "before"}.get(name)
             from_base = base is not None and base not in inputs
             sources = {base: self._facts.model_digest} if base and from_base else {}
-        stage = Stage(
-            name=name,
-            version=VERSIONS[name],
-            task=task,
-            config=dict(settings),
-            inputs=dict(inputs),
-            sources=dict(sources),
-        )
+        return self._keep(stage_of(name, task, settings, inputs, sources))
+
+    def _keep(self, stage: Stage) -> Stage:
         self.stages.append(stage)
-        self._latest[name, task] = stage
+        self._latest[stage.name, stage.task] = stage
         return stage

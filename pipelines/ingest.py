@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
@@ -24,14 +25,15 @@ from pipelines.inspection import inspect
 from pipelines.monitor import Reporter
 from pipelines.readers import read_rows as read_source_rows
 from pipelines.rows import BadRow, Columns, SourceRow
-from pipelines.rowsets import BAD, ROWS, TEST, TRAIN, VALIDATION, smallest
+from pipelines.rowsets import BAD, FOCUS, ROWS, TEST, TRAIN, VALIDATION, smallest
 from pipelines.sources import SourceFile, list_files
 from pipelines.stage import StageOutcome
 from pipelines.transfer import cache_folder
 from pipelines.workspace import Workspace
 from seekr.errors import DataError
+from seekr.fact_probes import answer_tokens
 from seekr.models import load_tokenizer
-from seekr.prompts import Example, Template, encode
+from seekr.prompts import Example, Template, encode, encode_document, start_ids
 
 QUARANTINE = "quarantine.json"
 # A limit on rows draws them with this seed, apart from the replay draw.
@@ -42,13 +44,13 @@ _REASON = ("file", "line", "reason", "text")
 
 def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
     """Run the stage; writes rows/kind={train,test,validation}/ and quarantine.json."""
-    named = next(item for item in config.tasks if item.name == task)
+    named = next(item for item in config.sources if item.name == task)
     settings = dict(workspace.config)
-    sources = {TRAIN: named.train, TEST: named.test}
+    sources = {TRAIN: named.train} | ({TEST: named.test} if named.test is not None else {})
     items = [{"kind": kind, "file": f} for kind, s in sources.items() for f in list_files(s)]
     encoder = _Encoder(str(config.model.path), config.model.trust_remote_code, settings)
     rows = ray.data.from_items(items).flat_map(encoder)
-    if any(_repeats(source, settings) for source in sources.values()):
+    if any(_repeats(source, _columns(settings, kind)) for kind, source in sources.items()):
         rows = _distinct(rows)
     limits = {kind: settings[f"{kind}_rows"] for kind in sources if settings[f"{kind}_rows"]}
     if limits:
@@ -76,7 +78,8 @@ def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Report
     if settings["validation_rows"]:
         stats["validation_rows"] = _count(workspace, VALIDATION)
     stats["quarantined"] = len(quarantine)
-    stats["test_rows_in_train"] = len(_ids(workspace, TRAIN) & _ids(workspace, TEST))
+    if TEST in sources:
+        stats["test_rows_in_train"] = len(_ids(workspace, TRAIN) & _ids(workspace, TEST))
     return StageOutcome(rows=num_rows + stats.get("validation_rows", 0), stats=stats)
 
 
@@ -88,18 +91,21 @@ class _Encoder:
 
     def __call__(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         file: SourceFile = item["file"]
-        for row in read_source_rows(file, Columns(**self._settings["columns"])):
-            record = _bad(row) if isinstance(row, BadRow) else self._encoded(row)
+        for row in read_source_rows(file, _columns(self._settings, item["kind"])):
+            record = _bad(row) if isinstance(row, BadRow) else self._encoded(row, item["kind"])
             yield {"kind": item["kind"]} | record
 
-    def _encoded(self, row: SourceRow) -> dict[str, Any]:
+    def _encoded(self, row: SourceRow, kind: str) -> dict[str, Any]:
         settings = self._settings
+        tokenizer = _tokenizer(self._model, self._trust_remote_code)
+        if kind == TRAIN and settings["columns"].get("text") is not None:
+            return self._document(row, tokenizer)
         example = Example(input=row.input, references=row.references, definition=row.definition)
         try:
             encoded = encode(
                 example,
                 Template.parse(settings["template"]),
-                _tokenizer(self._model, self._trust_remote_code),
+                tokenizer,
                 max_length=settings["max_length"],
                 max_answer_length=settings["max_answer_length"],
                 truncate=settings["truncate"],
@@ -108,6 +114,17 @@ class _Encoder:
             text = row.input[:200]
             return _bad(BadRow(file=row.file, line=row.line, reason=str(error), text=text))
         return encoded.to_record() | {name: None for name in _REASON}
+
+    def _document(self, row: SourceRow, tokenizer: Any) -> dict[str, Any]:
+        (text,), length = row.references, self._settings["max_length"]
+        document = encode_document(text, tokenizer, max_length=length, focus=row.focus)
+        record = document.to_record() | {name: None for name in _REASON}
+        if self._settings["columns"]["focus"] is not None:
+            first, last = len(start_ids(tokenizer)), len(document.input_ids) - 1
+            marked = np.any([answer_tokens(tokenizer, text, part) for part in row.focus], axis=0)
+            places = np.flatnonzero(marked) + first
+            record[FOCUS] = places[places < last].tolist()
+        return record
 
 
 def _bad(row: BadRow) -> dict[str, Any]:
@@ -120,9 +137,14 @@ def _tokenizer(model: str, trust_remote_code: bool) -> Any:
     return load_tokenizer(model, trust_remote_code=trust_remote_code)
 
 
-def _repeats(source: str, settings: dict[str, Any]) -> bool:
-    """Tell from the source's report, which the run's start has cached, whether rows occur twice."""
+def _columns(settings: dict[str, Any], kind: str) -> Columns:
+    """Return the columns of the training or the test rows."""
     columns = Columns(**settings["columns"])
+    return columns if kind == TRAIN else columns.of_questions
+
+
+def _repeats(source: str, columns: Columns) -> bool:
+    """Tell from the source's report, which the run's start has cached, whether rows occur twice."""
     return inspect(source, columns, cache_dir=cache_folder() / "sources").num_duplicates > 0
 
 

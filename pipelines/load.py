@@ -17,10 +17,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipelines.config import StreamConfig
+from pipelines.token_weights_config import TrainAttentionWeights
 from seekr.errors import ConfigError
 from seekr.methods import METHODS
 
-_PATH_FIELDS = ("model.path", "data_root", "general.folder")
+_PATH_FIELDS = (
+    *("model.path", "data_root", "general.folder"),
+    *("token_weights.network", "token_weights.model"),
+)
 # What pydantic words for programmers.
 _MESSAGES = {
     "string_pattern_mismatch": "letters, digits, '.', '_' and '-' are allowed, the first a letter "
@@ -33,7 +37,9 @@ _MESSAGES = {
     "int_from_float": "must be an integer",
     "float_parsing": "must be a number",
 }
-_SOURCE_FIELD = re.compile(r"tasks\.\d+\.(train|test)")
+_SOURCE_FIELD = re.compile(
+    r"tasks\.\d+\.(train|test)|probes\.\d+\.data|replay\.review|token_weights\.meta\.pairs"
+)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> StreamConfig:
@@ -52,11 +58,30 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> StreamConfig:
         _apply(values, override)
     config = _validate(values, path)
     root = config.data_root or path.parent.absolute()
-    tasks = tuple(
-        task.model_copy(update={"train": _under(root, task.train), "test": _under(root, task.test)})
-        for task in config.tasks
-    )
-    return config.model_copy(update={"tasks": tasks, "data_root": root})
+    return _placed(config, root)
+
+
+def _placed(config: StreamConfig, root: Path) -> StreamConfig:
+    """Return the config with every source of rows under the root that relative paths start at."""
+
+    def placed(section: Any, *parts: str) -> Any:
+        found = {part: getattr(section, part) for part in parts}
+        return section.model_copy(
+            update={part: _under(root, source) for part, source in found.items() if source}
+        )
+
+    changes: dict[str, Any] = {
+        "data_root": root,
+        "replay": placed(config.replay, "review"),
+        "tasks": tuple(placed(task, "train", "test") for task in config.tasks),
+        "probes": tuple(placed(item, "data") for item in config.probes),
+    }
+    weights = config.token_weights
+    if isinstance(weights, TrainAttentionWeights):
+        exclude = tuple(_under(root, source) for source in weights.meta.exclude)
+        meta = placed(weights.meta, "pairs").model_copy(update={"exclude": exclude})
+        changes["token_weights"] = weights.model_copy(update={"meta": meta})
+    return config.model_copy(update=changes)
 
 
 def _under(root: Path, source: str) -> str:

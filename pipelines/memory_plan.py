@@ -17,7 +17,8 @@ import psutil
 import pyarrow.compute as pc
 
 from pipelines.artifact import Artifact
-from pipelines.config import StreamConfig, TaskConfig
+from pipelines.config import StreamConfig
+from pipelines.data_config import TaskConfig
 from pipelines.memory_families import families
 from pipelines.rowsets import TRAIN, kind_folder, load_table
 from pipelines.section import identity

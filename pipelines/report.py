@@ -20,6 +20,11 @@ from pipelines.figures import MAX_POINTS
 from pipelines.readable import breakable, config_yaml, duration, metric_name
 from pipelines.report_accuracy import comparison, forgetting_curves, matrix_table, tiles
 from pipelines.report_blocks import shared_attention
+from pipelines.report_knowledge import (
+    knowledge_comparison,
+    knowledge_section,
+    weighed_documents,
+)
 from pipelines.report_stages import (
     head_maps,
     loss_charts,
@@ -65,6 +70,7 @@ def render_report(views: StreamView | Sequence[StreamView]) -> str:
         title=" / ".join(view.name for view in streams),
         css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         comparison=comparison(streams, matrices) if several else None,
+        knowledge=knowledge_comparison(streams),
         streams=[_sections(view, matrix) for view, matrix in zip(streams, matrices, strict=True)],
         max_points=MAX_POINTS,
         footer=_last_commit(streams),
@@ -113,6 +119,8 @@ def _sections(view: StreamView, matrix: AccuracyMatrix) -> dict[str, Any]:
         "replay": replay_section(view),
         "measured": measured_tasks(view),
         "blocks": shared_attention(view),
+        "knowledge": knowledge_section(view),
+        "weighed": weighed_documents(view),
         "general": general_ability(view),
         "benchmark": view.config.get("benchmark"),
         "held_out": view.config.get("evaluate", {}).get("split") == "validation",
@@ -125,6 +133,8 @@ def _sections(view: StreamView, matrix: AccuracyMatrix) -> dict[str, Any]:
 
 def _state(view: StreamView, matrix: AccuracyMatrix) -> str:
     last = view.learnt(matrix)
+    if last is None and all(task.get("test") is None for task in view.config.get("tasks", ())):
+        return "No task has a test set: what is known of facts is below."
     if last is None:
         return "No task has been evaluated yet."
     if last + 1 < len(view.tasks):

@@ -58,7 +58,8 @@ def head_maps(view: StreamView) -> list[dict[str, Any]]:
 
 def loss_parts(histories: Sequence[History]) -> list[str]:
     """The loss parts that were logged: the known ones in order, then the method's own."""
-    found = {key for history in histories for step in history.steps for key in step} - NOT_PARTS
+    logged = {key for history in histories for step in history.steps for key in step}
+    found = {key for key in logged - NOT_PARTS if not key.startswith("probes")}
     return [p for p in PART_COLOURS if p in found] + sorted(found - set(PART_COLOURS))
 
 

@@ -111,7 +111,7 @@ class StreamView:
         """The view of a stream that is described by its configuration."""
         return cls(
             name=config.name,
-            method=config.method.name,
+            method=_method_name(config),
             model=config.model.path.name,
             tasks=tuple(task.name for task in config.tasks),
             config=config.model_dump(mode="json"),
@@ -258,6 +258,15 @@ class StreamView:
         for result in self.of("evaluate"):
             for cell in (result.read_json("scores.json") or {}).get("cells", ()):
                 yield result, cell
+
+
+def _method_name(config: StreamConfig) -> str:
+    """Return what people call it: the method, and whatever else decides what a token counts."""
+    weights = config.token_weights
+    if weights is None:
+        return config.method.name
+    by = {"train_attention": "taalm", "focus": "oracle"}[weights.by]
+    return by if config.method.name == "seqft" else f"{config.method.name} + {by}"
 
 
 def _floats(rows: Sequence[Sequence[float | None]]) -> list[list[float]]:

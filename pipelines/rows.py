@@ -1,6 +1,7 @@
 """One record of a source becomes one row, good or bad.
 
-Whatever the layout, a row is an input, one or more reference answers and perhaps a task definition.
+Whatever the layout, a row is an input, one or more reference answers and perhaps a task definition;
+or, where a column of documents is asked for, a text that is learnt whole.
 A row that cannot be used is a value too (`BadRow`: where, why, how it begins), because one broken
 line among a million is for a policy to judge (`inspection.require_good`), not for a reader. Columns
 are settled once per file: one that is asked for and not there is a `DataError`, since no row of the
@@ -12,7 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from seekr.errors import DataError
@@ -41,26 +42,36 @@ class Columns:
     """Which columns hold what. None stands for the usual names.
 
     These are input or prompt, output or answer, and definition. A task has a definition only where
-    such a column, or the header of a Natural-Instructions file, exists.
+    such a column, or the header of a Natural-Instructions file, exists. With `text` rows are documents
+    and have none of these; `focus` then names what in them matters.
     """
 
     input: str | None = None
     output: str | None = None
     definition: str | None = None
+    text: str | None = None
+    focus: str | None = None
+
+    @property
+    def of_questions(self) -> Columns:
+        """The same for rows that are asked, beside a source of documents."""
+        return replace(self, text=None, focus=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundColumns:
-    """The columns that a file turned out to have."""
+    """The columns that a file turned out to have: input and output, or text."""
 
-    input: str
-    output: str
-    definition: str | None
+    input: str | None = None
+    output: str | None = None
+    definition: str | None = None
+    text: str | None = None
+    focus: str | None = None
 
     @property
     def names(self) -> list[str]:
         """All of them, each once."""
-        found = (self.input, self.output, self.definition)
+        found = (self.input, self.output, self.definition, self.text, self.focus)
         return list(dict.fromkeys(name for name in found if name is not None))
 
 
@@ -71,9 +82,11 @@ class SourceRow:
     Attributes:
         file: the file's name as people are shown it.
         line: counted from 1: the line of a JSON Lines file, the row of any other layout.
-        input: what the model is asked; not blank.
-        references: the accepted answers, at least one, none blank; the first is trained on.
+        input: what the model is asked; not blank, but empty for a document.
+        references: the accepted answers, at least one, none blank; the first is trained on. For a
+            document, its text.
         definition: the task's description, or None.
+        focus: parts of a document that matter most, as they are spelt in it.
     """
 
     file: str
@@ -81,11 +94,14 @@ class SourceRow:
     input: str
     references: tuple[str, ...]
     definition: str | None
+    focus: tuple[str, ...] = ()
 
     @property
     def row_id(self) -> str:
         """32 hex digits of the content's sha256; the same wherever the row is found."""
-        content = [self.input, self.references, self.definition]
+        content: list[Any] = [self.input, self.references, self.definition]
+        if self.focus:
+            content.append(self.focus)
         text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -119,6 +135,12 @@ def find_columns(file: str, columns: Columns, found: list[str]) -> FoundColumns:
         DataError: a column that is asked for is not there, or the usual names are absent or leave a
             choice.
     """
+    if columns.text is not None:
+        focus = columns.focus
+        return FoundColumns(
+            text=_find_column(file, "text", columns.text, found),
+            focus=None if focus is None else _find_column(file, "focus", focus, found),
+        )
     has_definition = not set(found).isdisjoint(_USUAL_COLUMNS["definition"])
     return FoundColumns(
         input=_find_column(file, "input", columns.input, found),
@@ -138,6 +160,12 @@ def make_row(
     try:
         if not isinstance(value, dict) or columns is None:
             raise _RowProblem(f"not an object but {type_name(value)}")
+        if columns.text is not None:
+            text, focus = _document(value, columns.text, columns.focus)
+            return SourceRow(
+                file=file, line=line, input="", references=(text,), definition=None, focus=focus
+            )
+        assert columns.input is not None and columns.output is not None
         return SourceRow(
             file=file,
             line=line,
@@ -198,6 +226,20 @@ def _references(row: dict[str, Any], column: str) -> tuple[str, ...]:
     if not all(text.strip() for text in references):
         raise _RowProblem(f"empty answer (column {column!r})")
     return references
+
+
+def _document(row: dict[str, Any], column: str, focus: str | None) -> tuple[str, tuple[str, ...]]:
+    """A text, and the parts of it that matter, each of which has to be in it."""
+    text = _text(_value(row, column), column, "a string")
+    if not text.strip():
+        raise _RowProblem(f"empty document (column {column!r})")
+    if focus is None:
+        return text, ()
+    parts = _references(row, focus)
+    absent = next((part for part in parts if part not in text), None)
+    if absent is not None:
+        raise _RowProblem(f"{absent[:40]!r} (column {focus!r}) is not in the document")
+    return text, parts
 
 
 def _definition(row: dict[str, Any], column: str | None) -> str | None:

@@ -99,7 +99,8 @@ def smallest(rows: Dataset, kind: str | None, size: int, seed: int) -> pa.Array:
 
     found = rows.map_batches(of_block, batch_format="pyarrow", batch_size=None).take_all()
     ids = [row["row_id"] for row in found]
-    return pa.array(draw(ids, min(size, len(ids)), seed), pa.string())
+    kept = draw(ids, min(size, len(ids)), seed) if ids else []
+    return pa.array(kept, pa.string())
 
 
 def load_table(artifact: Artifact, folder: str, columns: list[str] | None = None) -> pa.Table:

@@ -25,7 +25,9 @@ from pipelines.general import general
 from pipelines.ingest import ingest
 from pipelines.interrupts import Interrupts
 from pipelines.lease import abandon_all, release_all
+from pipelines.meta import meta
 from pipelines.monitor import Reporter
+from pipelines.probe import probe
 from pipelines.provenance import Provenance
 from pipelines.rollout import rollout
 from pipelines.sample import sample
@@ -35,6 +37,7 @@ from pipelines.stage import Stage, StageEvent, StageOutcome, StageRecord, run_st
 from pipelines.store import Store
 from pipelines.teach import teach
 from pipelines.train import train
+from pipelines.weights import weights
 from pipelines.workspace import Workspace
 
 
@@ -59,6 +62,9 @@ COMPUTE: dict[str, StageFunction] = {
     "teach": teach,
     "evaluate": evaluate,
     "general": general,
+    "probe": probe,
+    "meta": meta,
+    "weights": weights,
 }
 _TICK_SECONDS = 0.25
 _ASK_SECONDS = 2.0

@@ -31,6 +31,11 @@ def training(config: StreamConfig, epochs: int, *, earlier: bool) -> dict[str, A
     return settings | ({"batch_ratio": config.replay.batch_ratio} if replayed else {})
 
 
+def everything(config: StreamConfig) -> dict[str, Any]:
+    """Return the settings of a sample of all rows there are."""
+    return {"ratio": 1.0, "rows": None, "seed": config.seed}
+
+
 def targets(config: StreamConfig, *, logits: bool) -> dict[str, Any]:
     """Return what is written of a row by a teacher."""
     settings = {

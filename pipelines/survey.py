@@ -7,21 +7,25 @@ alone would fill. Files are read once; their digests and reports are cached by s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from pipelines.config import DataConfig, GeneralConfig, StreamConfig, TaskConfig
+from pipelines.config import StreamConfig
+from pipelines.data_config import DataConfig, TaskConfig
 from pipelines.fingerprint import canonical_json, file_digest, fingerprint, folder_digest
 from pipelines.inspection import SourceReport, inspect, require_good
+from pipelines.labels import REVIEW
 from pipelines.model_folder import read_model_config, read_tokenizer
+from pipelines.pool_config import GeneralConfig
 from pipelines.readers import read_source
 from pipelines.rows import Columns, SourceRow
 from pipelines.section import identity
 from pipelines.sources import Layout
+from pipelines.survey_documents import probe_digest, weighing
 from pipelines.train_config import training_execution
 from pipelines.transfer import cache_folder
 from seekr.attention import check_probeable
@@ -45,7 +49,7 @@ class TaskFacts:
     """One task's sources and what follows from them. `num_train` is after any limit."""
 
     train: SourceReport
-    test: SourceReport
+    test: SourceReport | None
     template: str
     num_train: int
 
@@ -57,6 +61,7 @@ class Facts:
     Attributes:
         harness: version of lm-eval, where general ability is asked for; definitions: digest of the
             folder with one's own tasks for it.
+        probes: digests of sets of sentences that are scored; weighing: of what says which tokens count.
         warnings: sentences.
     """
 
@@ -66,6 +71,8 @@ class Facts:
     tasks: dict[str, TaskFacts]
     harness: str | None = None
     definitions: str | None = None
+    probes: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
+    weighing: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
     warnings: tuple[str, ...] = ()
 
 
@@ -88,7 +95,7 @@ def survey(config: StreamConfig) -> Facts:
     for check in _training_checks(config, folder if model else None):
         problems.collect(check)
     facts: dict[str, TaskFacts] = {}
-    for task in config.tasks:
+    for task in config.sources:
         look = _TaskLook(config, task, problems)
         if model:
             problems.collect(lambda look=look: look.check_length(model))
@@ -97,6 +104,12 @@ def survey(config: StreamConfig) -> Facts:
             facts[task.name] = found
         if found is not None and tokenizer:
             problems.collect(lambda look=look, found=found: look.check_template(found, tokenizer))
+    probes = {
+        item.name: digest
+        for item in config.probes
+        if (digest := problems.collect(lambda item=item: probe_digest(config, item)))
+    }
+    looked_at = problems.collect(lambda: weighing(config))
     cache = cache_folder() / "digests.json"
     harness = definitions = None
     if config.general.asked:
@@ -113,6 +126,8 @@ def survey(config: StreamConfig) -> Facts:
         tasks=facts,
         harness=harness,
         definitions=definitions,
+        probes=probes,
+        weighing=looked_at or {},
         warnings=tuple(_repeated_sources(facts)),
     )
 
@@ -134,7 +149,8 @@ def _repeated_sources(facts: dict[str, TaskFacts]) -> Iterator[str]:
     places: dict[str, list[str]] = {}
     for name, task in facts.items():
         for part, report in (("train", task.train), ("test", task.test)):
-            places.setdefault(report.digest, []).append(f"tasks.{name}.{part}")
+            if report is not None:
+                places.setdefault(report.digest, []).append(f"tasks.{name}.{part}")
     for same in places.values():
         if len(same) > 1:
             yield (
@@ -209,7 +225,9 @@ class _TaskLook:
     def __init__(self, config: StreamConfig, task: TaskConfig, problems: _Problems) -> None:
         self._config, self._task, self._problems = config, task, problems
         self._options = config.options(task)
-        self._columns = Columns(**self._options.columns.model_dump())
+        columns = Columns(**self._options.columns.model_dump())
+        self._columns = {"train": columns, "test": columns.of_questions}
+        self._parts = ("train", "test") if task.test is not None else ("train",)
 
     def check_length(self, model: PretrainedConfig) -> None:
         positions = getattr(model.get_text_config(), "max_position_embeddings", None)
@@ -223,12 +241,14 @@ class _TaskLook:
 
     def facts(self) -> TaskFacts | None:
         """Return what the sources hold, None if one of them cannot be used."""
-        train, test = (
-            self._problems.collect(lambda part=part: self._report(part))
-            for part in ("train", "test")
-        )
-        if train is None or test is None:
+        reports = {
+            part: report
+            for part in self._parts
+            if (report := self._problems.collect(lambda part=part: self._report(part)))
+        }
+        if len(reports) < len(self._parts):
             return None
+        train = reports["train"]
         num_train = min(train.num_rows, self._options.train_rows or train.num_rows)
         held_out = self._options.validation_rows or 0
         self._problems.collect(lambda: self._check_validation(num_train, held_out))
@@ -236,7 +256,9 @@ class _TaskLook:
         if self._config.method.needs.replay and num_train > 0:
             self._problems.collect(lambda: self._check_replay(num_train))
         template = _template(self._options, train)
-        return TaskFacts(train=train, test=test, template=template, num_train=num_train)
+        return TaskFacts(
+            train=train, test=reports.get("test"), template=template, num_train=num_train
+        )
 
     def check_template(self, facts: TaskFacts, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the template can be filled and leaves room for the input."""
@@ -253,8 +275,9 @@ class _TaskLook:
                 "from the input, so replay.borrowed has nothing to put around other inputs; write the "
                 "instruction into the task's template, or set replay.borrowed to null"
             )
-        for part in ("train", "test") if template.wants_definition else ():
-            rows = read_source(getattr(self._task, part), self._columns)
+        asked = [part for part in self._parts if self._columns[part].text is None]
+        for part in asked if template.wants_definition else ():
+            rows = read_source(getattr(self._task, part), self._columns[part])
             first = next(row for row in rows if isinstance(row, SourceRow))
             if first.definition is None:
                 raise DataError(
@@ -265,9 +288,11 @@ class _TaskLook:
 
     def _report(self, part: str) -> SourceReport:
         what = f"tasks.{self._task.name}.{part}"
+        if self._task.name == REVIEW:
+            what = "replay.review"
         try:
             report = inspect(
-                getattr(self._task, part), self._columns, cache_dir=cache_folder() / "sources"
+                getattr(self._task, part), self._columns[part], cache_dir=cache_folder() / "sources"
             )
         except DataError as error:
             raise DataError(f"{what}: {error}") from error

@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.doctor import Check
+from pipelines.knowledge import knowledge_figures
+from pipelines.report_knowledge import FIGURES, figure_cell
 from pipelines.results import StreamView
 from pipelines.stream import StageStatus
 
@@ -62,6 +64,22 @@ def comparison_table(views: Sequence[StreamView]) -> Table:
     return table
 
 
+def knowledge_table(views: Sequence[StreamView]) -> Table | None:
+    """Return what streams have learnt and kept of facts; None if none of them was asked."""
+    found = [(view, figures) for view in views if (figures := knowledge_figures(view)) is not None]
+    if not found:
+        return None
+    table = Table(title="facts, in per cent of answer tokens", title_justify="left")
+    for column in ("stream", "method"):
+        table.add_column(column)
+    for column in FIGURES.values():
+        table.add_column(column, justify="right")
+    for view, figures in found:
+        cells = (figure_cell(name, figures[name]) for name in FIGURES)
+        table.add_row(view.name, view.method, *cells)
+    return table
+
+
 def summary(view: StreamView) -> dict[str, Any]:
     """Return the figures of a stream: R, OP, BWT with both denominators, FWT, forgetting."""
     matrix = view.matrix()
@@ -77,6 +95,7 @@ def summary(view: StreamView) -> dict[str, Any]:
         "forgetting": matrix.forgetting(),
         "replay_bytes": view.replay_bytes(),
         "borrowed_bytes": view.borrowed_bytes(),
+        "knowledge": knowledge_figures(view),
     }
 
 

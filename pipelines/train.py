@@ -42,6 +42,8 @@ def train(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
         targets=_by_task(workspace, "targets"),
         task_targets=_by_task(workspace, "task_targets"),
         past=_by_task(workspace, "past"),
+        weights=_by_task(workspace, "weights"),
+        probes=_by_task(workspace, "probes"),
         report=report.named("rank-0"),
         attempt=workspace.attempt,
     )

@@ -25,6 +25,7 @@ from pipelines.checkpoints import Checkpoints
 from pipelines.meter import Meter
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource
+from pipelines.probe import load_probes
 from pipelines.profiling import StepProfiler
 from pipelines.signals import Signals
 from pipelines.store import Store
@@ -41,6 +42,7 @@ from seekr.training.export import export_adapters, export_model
 from seekr.training.loop import Training, Workers
 from seekr.training.microbatches import TrainingRows
 from seekr.training.past import kept_numbers, learnt_adapters
+from seekr.training.probing import Probing
 from seekr.training.ranges import check_equal
 from seekr.training.settings import Recipe
 from seekr.training.strategy import create_strategy
@@ -60,6 +62,7 @@ class TrainSpec:
         settings: the stage's identity fields.
         execution: workers, micro-batch size and the like.
         data, replay, targets, task_targets: artifacts by task name.
+        weights: numbers per token of rows, by task name. probes: sets of sentences that are scored.
         past: of what a penalty on the weights is made from: adapters by task name, or the newest
             Fisher information.
         attempt: the stage's.
@@ -77,6 +80,8 @@ class TrainSpec:
     targets: Mapping[str, Artifact]
     task_targets: Mapping[str, Artifact]
     past: Mapping[str, Artifact]
+    weights: Mapping[str, Artifact]
+    probes: Mapping[str, Artifact]
     report: Reporter
     attempt: int
 
@@ -149,10 +154,21 @@ class _Worker:
             spec.execution.keep_checkpoints,
         )
         self._history: list[dict[str, Any]] = []
+        self._probing = Probing(
+            {name: load_probes(artifact) for name, artifact in spec.probes.items()},
+            self._strategy,
+            self._workers,
+            batch_size=execution.micro_batch_size,
+            pad_id=pad_id_of(self._tokenizer),
+            device=device,
+        )
 
     def _rows(self) -> TrainingRows:
         spec, addition = self._spec, self._recipe.addition
-        rows = load_training_rows(spec.data, spec.replay, spec.targets, spec.task_targets)
+        kind = "reference_nll" if spec.method.needs.reference else "weights"
+        rows = load_training_rows(
+            spec.data, spec.replay, spec.targets, spec.task_targets, spec.weights, kind
+        )
         if addition is None:
             return rows
         addition = addition_after(self._origin, addition, spec.task)
@@ -171,10 +187,14 @@ class _Worker:
         num_steps, every = self._training.num_steps, self._spec.execution.checkpoint_every
         for step in range(first, num_steps):
             self._profiler.before(step)
+            before = self._probing.scores("probes_before") if step == 0 else {}
             entry = self._step(step)
             heard = self._signals.heard(entry.pop("wishes"))
             entry = self._meter.measured(step, entry)
             self._profiler.after(step, num_steps)
+            entry |= before
+            if self._training.plan.ends_epoch(step):
+                entry |= self._probing.scores("probes")
             self._history.append(entry)
             self._tell(step, entry)
             if not math.isfinite(entry["loss"]) or not math.isfinite(entry["grad_norm"]):

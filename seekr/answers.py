@@ -77,6 +77,10 @@ class Answers(Protocol):
         """Return for each loss its sum per batch row [B], differentiable, in float32 or better."""
         ...
 
+    def values(self, loss: PositionLoss) -> Tensor:
+        """Return a loss at each of its positions [A], without gradient."""
+        ...
+
 
 class WholeLogits:
     """Logits [B,T,V] that are there anyway. Losses with equal positions share one reading.
@@ -90,6 +94,10 @@ class WholeLogits:
 
     def sums(self, *losses: PositionLoss) -> tuple[Tensor, ...]:
         return _sums_per_row(losses, self.num_rows, self._values)
+
+    @torch.no_grad()
+    def values(self, loss: PositionLoss) -> Tensor:
+        return self._values([loss])[0]
 
     def _values(self, losses: Sequence[PositionLoss]) -> list[Tensor]:
         logits_AV = self.logits_BTV[losses[0].row_A, losses[0].position_A]
@@ -126,6 +134,10 @@ class HiddenStates:
 
     def sums(self, *losses: PositionLoss) -> tuple[Tensor, ...]:
         return _sums_per_row(losses, self.num_rows, self._values)
+
+    @torch.no_grad()
+    def values(self, loss: PositionLoss) -> Tensor:
+        return self._values([loss])[0]
 
     def _values(self, losses: Sequence[PositionLoss]) -> Sequence[Tensor]:
         hidden_AH = self._hidden_BTH[losses[0].row_A, losses[0].position_A]

@@ -65,6 +65,10 @@ class BatchPlan:
     def num_steps(self) -> int:
         return self.epochs * self.steps_per_epoch
 
+    def ends_epoch(self, index: int) -> bool:
+        """Whether step `index` is the last one of its pass over the task rows."""
+        return (index + 1) % self.steps_per_epoch == 0
+
     def step(self, index: int) -> StepRows:
         """Return the rows of step `index` (from 0). Replay rows follow the rows seen so far."""
         if not 0 <= index < self.num_steps:

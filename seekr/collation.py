@@ -11,7 +11,7 @@ and everything [B,T] has the one sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,8 @@ from seekr.prompts import TokenizedRow
 IGNORE_LABEL = -100
 
 Side = Literal["left", "right"]
+# Of a row, and with _BT of a batch.
+_PER_TOKEN = ("weights", "reference_nll")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,6 +37,7 @@ class Batch:
     one such sum, over all its rows.
 
     `position_ids_BT` is set for packed batches alone; their attention mask is 1 throughout.
+    `weights_BT` and `reference_nll_BT` are what rows carry per token (`TokenizedRow`), or None.
     """
 
     input_ids_BT: torch.Tensor
@@ -44,22 +47,20 @@ class Batch:
     lengths_B: torch.Tensor
     start_B: torch.Tensor
     position_ids_BT: torch.Tensor | None = None
+    weights_BT: torch.Tensor | None = None
+    reference_nll_BT: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""
-        positions_BT = self.position_ids_BT
-        return Batch(
-            input_ids_BT=self.input_ids_BT.to(device),
-            attention_mask_BT=self.attention_mask_BT.to(device),
-            labels_BT=self.labels_BT.to(device),
-            row_ids=self.row_ids,
-            lengths_B=self.lengths_B.to(device),
-            start_B=self.start_B.to(device),
-            position_ids_BT=None if positions_BT is None else positions_BT.to(device),
-        )
+        tensors = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **tensors)
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Return what a model is called with, beside use_cache=False.
@@ -110,6 +111,11 @@ def collate_packed(rows: Sequence[TokenizedRow]) -> Batch:
         lengths_B=torch.tensor(lengths, dtype=torch.int64),
         start_B=torch.from_numpy(np.cumsum([0, *lengths[:-1]], dtype=np.int64)),
         position_ids_BT=torch.from_numpy(np.concatenate(positions))[None],
+        **{
+            f"{name}_BT": torch.from_numpy(np.concatenate(values))[None]
+            for name in _PER_TOKEN
+            if (values := _per_token(rows, name)) is not None
+        },
     )
 
 
@@ -117,6 +123,21 @@ def _labels(row: TokenizedRow, first: int) -> NDArray[np.int64]:
     labels = row.input_ids.astype(np.int64)
     labels[:first] = IGNORE_LABEL
     return labels
+
+
+def _per_token(rows: Sequence[TokenizedRow], name: str) -> list[NDArray[np.float32]] | None:
+    """Return what rows carry per token, None if none does; one of them without any is an error."""
+    values = [getattr(row, name) for row in rows]
+    if all(value is None for value in values):
+        return None
+    for row, value in zip(rows, values, strict=True):
+        if value is None or len(value) != len(row.input_ids):
+            found = "none" if value is None else f"{len(value)}"
+            raise ValueError(
+                f"row {row.row_id} has {len(row.input_ids)} tokens and {found} of {name}; one per "
+                "token is needed when another row of the batch has them"
+            )
+    return values
 
 
 def _check_some(rows: Sequence[TokenizedRow]) -> None:
@@ -138,6 +159,13 @@ def _pad(
         mask[index, start : start + length] = 1
         answer = row.input_ids[row.prompt_length : length]
         labels[index, start + row.prompt_length : start + length] = answer
+    per_token: dict[str, torch.Tensor] = {}
+    for name in _PER_TOKEN:
+        if (values := _per_token(rows, name)) is not None:
+            padded = np.zeros(ids.shape, dtype=np.float32)
+            for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                padded[index, start : start + length] = values[index][:length]
+            per_token[f"{name}_BT"] = torch.from_numpy(padded)
     return Batch(
         input_ids_BT=torch.from_numpy(ids),
         attention_mask_BT=torch.from_numpy(mask),
@@ -145,4 +173,5 @@ def _pad(
         row_ids=tuple(row.row_id for row in rows),
         lengths_B=torch.tensor(list(lengths), dtype=torch.int64),
         start_B=torch.tensor(starts, dtype=torch.int64),
+        **per_token,
     )

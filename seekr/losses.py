@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from seekr.answers import PositionLoss, WholeLogits
-from seekr.collation import IGNORE_LABEL
+from seekr.collation import IGNORE_LABEL, Batch
 from seekr.errors import DataError
 from seekr.sparse_rows import SparseRows
 
@@ -45,15 +45,17 @@ def answer_positions(labels_BT: Tensor, *, shift: bool = True) -> tuple[Tensor, 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AnswerNLL:
-    """Negative log-likelihood of the answer tokens.
+    """Negative log-likelihood of the answer tokens, each times its weight if there are weights.
 
     Attributes:
         labels_BT: Token ids, -100 where no loss is taken.
+        weights_BT: What tokens count, or None where all count 1.
         row_A: Batch row of each answer token.
         position_A: Padded position of the logits that predict it.
     """
 
     labels_BT: Tensor
+    weights_BT: Tensor | None = None
     row_A: Tensor = field(init=False)
     position_A: Tensor = field(init=False)
     _label_A: Tensor = field(init=False, repr=False)
@@ -64,8 +66,16 @@ class AnswerNLL:
         object.__setattr__(self, "position_A", position_A)
         object.__setattr__(self, "_label_A", self.labels_BT[row_A, position_A + 1])
 
+    @classmethod
+    def of(cls, batch: Batch) -> AnswerNLL:
+        """Return the loss on a batch's gold answers, with the weights that its rows carry."""
+        return cls(batch.labels_BT, batch.weights_BT)
+
     def __call__(self, logits_CV: Tensor, part: slice) -> Tensor:
-        return functional.cross_entropy(logits_CV, self._label_A[part], reduction="none")
+        nll_C = functional.cross_entropy(logits_CV, self._label_A[part], reduction="none")
+        if self.weights_BT is None:
+            return nll_C
+        return nll_C * self.weights_BT[self.row_A[part], self.position_A[part] + 1].to(nll_C)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -112,6 +112,10 @@ class TokenizedRow:
     references: tuple[str, ...]
     input_ids: NDArray[np.int32]
     prompt_length: int
+    # What its tokens count in the loss, [tokens], where they differ (`token_weights`); 0 in the prompt.
+    weights: NDArray[np.float32] | None = None
+    # Negative log-likelihood of its tokens under a reference model, [tokens]; 0 in the prompt.
+    reference_nll: NDArray[np.float32] | None = None
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> TokenizedRow:
@@ -233,6 +237,32 @@ def encode(
         references=example.references,
         input_ids=np.asarray([*prompt, *answer, eos_id_of(tokenizer)], dtype=np.int32),
         prompt_length=len(prompt),
+    )
+
+
+def encode_document(
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    focus: Sequence[str] = (),
+) -> TokenizedRow:
+    """Tokenise a text that is learnt whole: BOS where it is added, the beginning of the text, EOS.
+
+    The prompt is BOS, or the first token where there is none: nothing predicts it.
+
+    Args:
+        focus: Parts of the text that matter, which enter the row's identity.
+    """
+    start = start_ids(tokenizer)
+    ids = [*start, *data_ids(tokenizer, text)[: max_length - 1 - len(start)]]
+    content = json.dumps({"document": text, "focus": list(focus)}, sort_keys=True)
+    return TokenizedRow(
+        row_id=hashlib.sha256(content.encode("ascii")).hexdigest()[:32],
+        input="",
+        references=(text,),
+        input_ids=np.asarray([*ids, eos_id_of(tokenizer)], dtype=np.int32),
+        prompt_length=max(1, len(start)),
     )
 
 

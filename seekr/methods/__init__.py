@@ -12,6 +12,7 @@ from seekr.methods.olora import OLoRA
 from seekr.methods.opr import OPR
 from seekr.methods.pp import ProgressivePrompts
 from seekr.methods.replay import Replay
+from seekr.methods.rho1 import RHO1
 from seekr.methods.sapt import SAPT
 from seekr.methods.seekr import SEEKR
 from seekr.methods.seqft import SeqFT
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "opr": OPR,
     "l2p": L2P,
     "pp": ProgressivePrompts,
+    "rho1": RHO1,
     "sapt": SAPT,
     "seekr": SEEKR,
 }
@@ -37,6 +39,7 @@ __all__ = [
     "METHODS",
     "MTL",
     "OPR",
+    "RHO1",
     "SAPT",
     "SEEKR",
     "DERpp",

@@ -35,7 +35,8 @@ class Needs:
     teacher's rows of them. task_logits: the previous model's answer logits on the new task's own
     rows. fisher: the Fisher information of earlier tasks. adapters: those that earlier tasks have
     learnt; the stream trains adapters. weights: what replayed rows gave to the blocks of tasks.
-    addition: something is trained beside a frozen model.
+    addition: something is trained beside a frozen model. reference: the base model's loss on every token
+    of the rows that are learnt.
     all_tasks: no stream at all, but one training on every task's rows at once.
     """
 
@@ -48,6 +49,7 @@ class Needs:
     adapters: bool = False
     weights: bool = False
     addition: bool = False
+    reference: bool = False
     all_tasks: bool = False
 
     @property
@@ -115,7 +117,7 @@ class Method(BaseModel):
 
     def task_terms(self, outputs: Outputs) -> Terms:
         """Losses on rows of the task being learnt: next-token NLL on the answers."""
-        (nll_B,) = outputs.answers.sums(AnswerNLL(outputs.batch.labels_BT))
+        (nll_B,) = outputs.answers.sums(AnswerNLL.of(outputs.batch))
         return {"task": Term(weight=1.0, total=nll_B.sum(), per="task_tokens")}
 
     def replay_terms(self, outputs: Outputs) -> Terms:

@@ -34,7 +34,7 @@ class DERpp(Method):
         assert outputs.targets is not None
         distance = LogitKL if self.logit_loss == "kl" else LogitMSE
         nll_B, logits_B = outputs.answers.sums(
-            AnswerNLL(outputs.batch.labels_BT), distance(outputs.targets)
+            AnswerNLL.of(outputs.batch), distance(outputs.targets)
         )
         return {
             "replay": Term(weight=self.replay_weight, total=nll_B.sum(), per="replay_tokens"),

@@ -29,7 +29,7 @@ class LwF(Method):
         if outputs.targets is None:  # the first task: nothing was learnt before it
             return super().task_terms(outputs)
         nll_B, logits_B = outputs.answers.sums(
-            AnswerNLL(outputs.batch.labels_BT), LogitKL(outputs.targets)
+            AnswerNLL.of(outputs.batch), LogitKL(outputs.targets)
         )
         return {
             "task": Term(weight=1.0, total=nll_B.sum(), per="task_tokens"),

@@ -20,5 +20,5 @@ class Replay(Method):
     """Weight of the replayed rows' next-token loss."""
 
     def replay_terms(self, outputs: Outputs) -> Terms:
-        (nll_B,) = outputs.answers.sums(AnswerNLL(outputs.batch.labels_BT))
+        (nll_B,) = outputs.answers.sums(AnswerNLL.of(outputs.batch))
         return {"replay": Term(weight=self.replay_weight, total=nll_B.sum(), per="replay_tokens")}

@@ -68,7 +68,7 @@ class SEEKR(Method):
     def replay_terms(self, outputs: Outputs) -> Terms:
         targets, kl_by_layer = outputs.targets, outputs.attention_kl
         assert targets is not None and kl_by_layer is not None
-        nll_B, logits_B = outputs.answers.sums(AnswerNLL(outputs.batch.labels_BT), LogitKL(targets))
+        nll_B, logits_B = outputs.answers.sums(AnswerNLL.of(outputs.batch), LogitKL(targets))
         attention_B = reduce_attention_kl(kl_by_layer, targets.valid, self.attention_reduction)
         return {
             "replay": Term(weight=self.replay_weight, total=nll_B.sum(), per="replay_tokens"),

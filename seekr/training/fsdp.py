@@ -7,14 +7,20 @@ parameter on every worker. With offload the shards, their gradients and the upda
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from seekr.errors import ConfigError
@@ -50,6 +56,15 @@ class Fsdp(Plain):
             for name, buffer in self.model.named_buffers():
                 set_buffer(self.model, name, buffer.to(self._device))
         fill(self.model, self.source)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with super().watching():
+            yield
+        # Without a backward pass the last gathered parameters would stay whole.
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def whole(self, name: str) -> Tensor:
         shard: Any = super().whole(name)

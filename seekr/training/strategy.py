@@ -50,6 +50,10 @@ class Strategy(Protocol):
         """Context of one forward and backward pass; `last` of its optimizer step."""
         ...
 
+    def watching(self) -> AbstractContextManager[None]:
+        """Context of forward passes that train nothing, by the model as it is evaluated."""
+        ...
+
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradients."""
         ...
@@ -103,6 +107,15 @@ class Plain:
     def micro_batch(self, last: bool) -> Iterator[None]:
         with self._synchronised(last), self._autocast():
             yield
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self.module.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                yield
+        finally:
+            self.module.train()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

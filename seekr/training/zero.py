@@ -107,6 +107,15 @@ class Zero:
         if not last:
             self._engine.step()
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 

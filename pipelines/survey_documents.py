@@ -1,0 +1,84 @@
+"""What a stream about documents names beside its tasks: sentences to score, pairs, networks; looked at.
+
+Everything here is known before Ray starts: which columns the files have, how many of their rows can be
+used, that two networks read text with one tokenizer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.config import StreamConfig
+from pipelines.data_config import ProbeConfig
+from pipelines.fingerprint import canonical_json, fingerprint, folder_digest
+from pipelines.inspection import SourceReport, inspect, require_good
+from pipelines.model_folder import read_model_config, read_tokenizer
+from pipelines.rows import Columns
+from pipelines.token_weights_config import MetaConfig, PairColumns, TrainAttentionWeights
+from pipelines.transfer import cache_folder
+from seekr.errors import DataError
+from seekr.taalm.network import check_same_tokenizer
+
+
+def probe_columns(item: ProbeConfig) -> Columns:
+    """Return where a set of sentences has what; statements have their relation for a definition."""
+    if item.statements:
+        return Columns(input="subject", output="object", definition="relation")
+    return Columns(input=item.sentence, output=item.answer)
+
+
+def pair_columns(columns: PairColumns) -> Columns:
+    """Return where pairs have what: the sentence is asked, the document defines it."""
+    return Columns(input=columns.sentence, output=columns.answer, definition=columns.document)
+
+
+def probe_digest(config: StreamConfig, item: ProbeConfig) -> str:
+    """Look at a set of sentences; returns the digest of its files."""
+    what = f"probes.{item.name}.data"
+    return _report(item.data, probe_columns(item), what, config.data.max_bad_share).digest
+
+
+def weighing(config: StreamConfig) -> dict[str, str]:
+    """Look at what Train-Attention is or is made from; returns digests, by name.
+
+    Raises:
+        ConfigError: its tokenizer is another one.
+        DataError: the pairs cannot be used.
+    """
+    weights = config.token_weights
+    if not isinstance(weights, TrainAttentionWeights):
+        return {}
+    cache = cache_folder() / "digests.json"
+    found: dict[str, str] = {}
+    for name, folder in (("network", weights.network), ("backbone", weights.model)):
+        if folder is not None:
+            read_model_config(folder, trust_remote_code=False)
+            check_same_tokenizer(
+                read_tokenizer(folder, trust_remote_code=False),
+                read_tokenizer(config.model.path, config.model.trust_remote_code),
+            )
+            found[name] = folder_digest(folder, cache)
+    if weights.network is None:
+        found |= _pairs(weights.meta, config.data.max_bad_share)
+    return found
+
+
+def _pairs(meta: MetaConfig, max_bad_share: float) -> dict[str, str]:
+    columns = pair_columns(meta.columns)
+    assert meta.pairs is not None
+    report = _report(meta.pairs, columns, "token_weights.meta.pairs", max_bad_share)
+    found = {"pairs": report.digest}
+    if meta.exclude:
+        name = "token_weights.meta.exclude"
+        digests = [_report(s, columns, name, max_bad_share).digest for s in meta.exclude]
+        found["exclude"] = fingerprint(canonical_json(sorted(digests)))
+    return found
+
+
+def _report(source: str | Path, columns: Columns, what: str, max_bad_share: float) -> SourceReport:
+    try:
+        report = inspect(source, columns, cache_dir=cache_folder() / "sources")
+    except DataError as error:
+        raise DataError(f"{what}: {error}") from error
+    require_good(report, max_bad_share, what)
+    return report
