@@ -144,7 +144,9 @@ class MetaTraining:
         self._move(grads)
         return MetaStep(step=self.steps_done, gradient_norm=norm, **figures)
 
-    def run(self, until: int | None = None, report: Callable[[MetaStep], None] | None = None) -> None:
+    def run(
+        self, until: int | None = None, report: Callable[[MetaStep], None] | None = None
+    ) -> None:
         """Take steps until `until` are done, by default all; `report` is called after each."""
         last = self.num_steps if until is None else min(until, self.num_steps)
         while self.steps_done < last:

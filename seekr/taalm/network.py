@@ -206,7 +206,10 @@ def check_same_tokenizer(own: Tokenizer, learner: Tokenizer) -> None:
     Raises:
         ConfigError: they differ in a token's id or in a special token.
     """
-    theirs = (f"of Train-Attention ({own.name_or_path!r})", f"of the model ({learner.name_or_path!r})")
+    theirs = (
+        f"of Train-Attention ({own.name_or_path!r})",
+        f"of the model ({learner.name_or_path!r})",
+    )
     vocabularies = own.get_vocab(), learner.get_vocab()
     if vocabularies[0] != vocabularies[1]:
         odd = vocabularies[0].items() ^ vocabularies[1].items()
@@ -215,7 +218,11 @@ def check_same_tokenizer(own: Tokenizer, learner: Tokenizer) -> None:
         what = f"token {token!r} is {found[0]} and {found[1]}"
     else:
         specials = [
-            {name: str(token) for name, token in one.special_tokens_map.items() if name != "pad_token"}
+            {
+                name: str(token)
+                for name, token in one.special_tokens_map.items()
+                if name != "pad_token"
+            }
             for one in (own, learner)
         ]
         if specials[0] == specials[1]:

@@ -103,7 +103,12 @@ def validate(
             chosen = [items[i] for i in plan.step(index).task]
             documents = collate_items(chosen, pad_id, side).to(device).documents
             params, state = weighted_step(
-                theta, params, state, documents, document_weights(phi, documents), settings.optimizer
+                theta,
+                params,
+                state,
+                documents,
+                document_weights(phi, documents),
+                settings.optimizer,
             )
         nll, accuracy = _scores(theta, params, episodes)
     return Validation(

@@ -107,7 +107,10 @@ def test_one_directional_derivative_gives_the_unrolled_gradient(
     unrolled = found(theta, phi, items, settings(optimizer, dummy_steps))
     forward = found(theta, phi, items, settings(optimizer, dummy_steps, "jvp"))
     assert_close(forward, unrolled, 1e-9)
-    if (optimizer, dummy_steps) != ("undamped", 0):  # there numbers of v differ by many powers of 10
+    if (optimizer, dummy_steps) != (
+        "undamped",
+        0,
+    ):  # there numbers of v differ by many powers of 10
         central = found(theta, phi, items, settings(optimizer, dummy_steps, "central"))
         assert_close(central, unrolled, 1e-5)
 
@@ -189,7 +192,10 @@ def test_allowed_kernels_are_as_before() -> None:
 def test_attention_without_a_plain_form_is_refused() -> None:
     theta: Any = learner()
     theta.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(UnsupportedModel, match="flash_attention_2"), differentiable_attention(theta):
+    with (
+        pytest.raises(UnsupportedModel, match="flash_attention_2"),
+        differentiable_attention(theta),
+    ):
         pass
 
 
