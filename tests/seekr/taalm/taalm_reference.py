@@ -106,3 +106,15 @@ def outer_loss(
     optimizer.step(weighted_loss(theta, rows, real_weights))
     with torch.no_grad():
         return float(object_loss(theta, items))
+
+
+def object_accuracy(theta: nn.Module, items: Sequence[MetaItem]) -> float:
+    """Mean over tasks of the share of object tokens that are the argmax."""
+    shares = []
+    for item in items:
+        ids = ids_of(item.task)
+        logits_TV = theta(input_ids=ids, use_cache=False).logits[0]
+        objects = [i for i in range(1, ids.shape[1]) if item.object_mask_T[i]]
+        right = [int(logits_TV[i - 1].argmax()) == int(ids[0, i]) for i in objects]
+        shares.append(sum(right) / len(right))
+    return sum(shares) / len(shares)

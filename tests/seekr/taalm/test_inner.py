@@ -124,7 +124,7 @@ def test_weighted_steps_are_those_of_an_in_place_loop(damping: float) -> None:
 
 
 def test_parameters_too_coarse_for_small_steps_are_refused() -> None:
-    with pytest.raises(ConfigError, match="torch.bfloat16, the first is"):
+    with pytest.raises(ConfigError, match=r"torch\.bfloat16, the first is"):
         trained_parameters(learner().bfloat16())
     with pytest.raises(ConfigError, match="nothing of LlamaForCausalLM is trained"):
         trained_parameters(learner().requires_grad_(False))
