@@ -33,6 +33,7 @@ from seekr.methods.mtl import MTL
 from seekr.methods.olora import OLoRA
 from seekr.methods.opr import OPR
 from seekr.methods.pp import ProgressivePrompts
+from seekr.methods.recadam import RecAdam
 from seekr.methods.replay import Replay
 from seekr.methods.rho1 import RHO1
 from seekr.methods.sapt import SAPT
@@ -47,6 +48,7 @@ AnyMethod = Annotated[
     | OPR
     | LwF
     | EWC
+    | RecAdam
     | OLoRA
     | L2P
     | ProgressivePrompts
@@ -222,6 +224,12 @@ class StreamConfig(Section):
             raise ValueError(
                 f"train.strategy is deepspeed, which keeps gradients to itself, and method "
                 f"{method.name} adds to them; choose fsdp or ddp"
+            )
+        if isinstance(method, RecAdam) and method.pull_weight * train.learning_rate > 1:
+            raise ValueError(
+                f"train.learning_rate is {train.learning_rate:g} and method.pull_weight "
+                f"{method.pull_weight:g}; their product is the share of the way back that a step goes, "
+                "at most 1: lower one of them"
             )
         if method.needs.adapters and train.lora is None:
             raise ValueError(

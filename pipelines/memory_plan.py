@@ -165,7 +165,7 @@ def work_of(config: StreamConfig, train: TrainConfig, rows: Rows, layers: int) -
         replay=_padded(min(size, replayed), rows, _targets(config, layers)) if replay else None,
         task_passes=passes,
         replay_passes=math.ceil(replayed / size) if replay else 0,
-        penalty=_penalty(config) if later else 0,
+        penalty=_penalty(config) if later or config.method.needs.start else 0,
     )
 
 
@@ -199,6 +199,8 @@ def _penalty(config: StreamConfig) -> float:
     needs = config.method.needs
     if needs.fisher:
         return 2  # precision and anchor of all earlier tasks together
+    if needs.start:
+        return 1
     # A of every earlier task's adapters, which are A and B: about half of their numbers.
     return 0.5 * (len(config.tasks) - 1) if needs.adapters else 0
 

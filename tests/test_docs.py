@@ -129,11 +129,14 @@ def another(value: Any, allowed: str) -> Any:
 def streams(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Path]:
     """One stream per method, and a copy of their model and data in another folder."""
     folder = tmp_path_factory.mktemp("streams")
-    small = {"layer_budget": 1, "head_budget": 2, "query_budget": 8}
+    small = {
+        "seekr": {"layer_budget": 1, "head_budget": 2, "query_budget": 8},
+        "recadam": {"pull_weight": 100.0},
+    }
     found = {
         name: make_stream(
             folder / name,
-            method={"name": name} | (small if name == "seekr" else {}),
+            method={"name": name} | small.get(name, {}),
             teach={"logits_kept": None} if name == "derpp" else None,  # logit_loss may be mse
             train={"lora": {"rank": 2}} if name == "olora" else {},
             # Prompts take positions, of which the model has 64.

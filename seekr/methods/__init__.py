@@ -11,6 +11,7 @@ from seekr.methods.mtl import MTL
 from seekr.methods.olora import OLoRA
 from seekr.methods.opr import OPR
 from seekr.methods.pp import ProgressivePrompts
+from seekr.methods.recadam import RecAdam
 from seekr.methods.replay import Replay
 from seekr.methods.rho1 import RHO1
 from seekr.methods.sapt import SAPT
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "derpp": DERpp,
     "lwf": LwF,
     "ewc": EWC,
+    "recadam": RecAdam,
     "olora": OLoRA,
     "opr": OPR,
     "l2p": L2P,
@@ -49,6 +51,7 @@ __all__ = [
     "OLoRA",
     "Outputs",
     "ProgressivePrompts",
+    "RecAdam",
     "Replay",
     "SeqFT",
     "Term",

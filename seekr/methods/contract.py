@@ -20,7 +20,7 @@ from seekr.batch_targets import BatchTargets
 from seekr.collation import Batch
 from seekr.distillation import DistillationProbe
 from seekr.losses import AnswerNLL
-from seekr.methods.penalty import Past, Penalty
+from seekr.methods.penalty import Past, Penalty, Pull, Reader
 
 # What a term's total is divided by: a count over the whole optimizer step, on all workers.
 Unit = Literal["task_tokens", "task_rows", "replay_tokens", "replay_rows"]
@@ -34,9 +34,9 @@ class Needs:
     teacher's answer logits on them. heads: the scored and selected attention heads, and the
     teacher's rows of them. task_logits: the previous model's answer logits on the new task's own
     rows. fisher: the Fisher information of earlier tasks. adapters: those that earlier tasks have
-    learnt; the stream trains adapters. weights: what replayed rows gave to the blocks of tasks.
-    addition: something is trained beside a frozen model. reference: the base model's loss on every token
-    of the rows that are learnt.
+    learnt; the stream trains adapters. start: the weights that a training starts from. weights: what
+    replayed rows gave to the blocks of tasks. addition: something is trained beside a frozen model.
+    reference: the base model's loss on every token of the rows that are learnt.
     all_tasks: no stream at all, but one training on every task's rows at once.
     """
 
@@ -47,6 +47,7 @@ class Needs:
     task_logits: bool = False
     fisher: bool = False
     adapters: bool = False
+    start: bool = False
     weights: bool = False
     addition: bool = False
     reference: bool = False
@@ -64,8 +65,8 @@ class Needs:
 
     @property
     def penalty(self) -> bool:
-        """Whether a loss on the weights is added, for which workers must hold their gradients."""
-        return self.fisher or self.adapters
+        """Whether a loss on the weights is added, for which workers must hold them and their gradients."""
+        return self.fisher or self.adapters or self.start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +144,14 @@ class Method(BaseModel):
 
         Args:
             past: What their stages have left, empty for the first task.
+        """
+        return None
+
+    def pull(self, start: Reader) -> Pull | None:
+        """Return what moves the weights beside the optimizer; None without one.
+
+        Args:
+            start: Of the weights that this training started from.
         """
         return None
 

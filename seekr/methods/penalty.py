@@ -1,8 +1,8 @@
-"""Losses on the weights themselves, beside those on rows: what EWC and O-LoRA add.
+"""Losses on the weights themselves, beside those on rows: what EWC, O-LoRA and RecAdam add.
 
 A penalty's gradient is known in closed form and needs no forward pass, so it is added to what the
 passes have left, range by range of every tensor that this worker holds, before clipping. No worker needs
-a whole tensor, and nothing is computed twice.
+a whole tensor, and nothing is computed twice. A pull goes past the optimizer: it moves the weights itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-# (name, start, length) to that many numbers of the flattened tensor, from an earlier stage's files.
+# (name, start, length) to that many numbers of the flattened tensor, from files.
 Reader = Callable[[str, int, int], Tensor]
 # What earlier tasks have left, by the task or kind it is about.
 Past = Mapping[str, Reader]
@@ -48,4 +48,28 @@ class Penalty(Protocol):
 
     def add(self, shard: Shard) -> Tensor:
         """Add `weight` times the gradient on a shard; returns the value there, without weight."""
+        ...
+
+
+class Pull(Protocol):
+    """A sum over tensors of functions of the weights, decoupled from the optimizer's update.
+
+    Steps count from 0. What a step does depends on its number, its rate and the weights alone, so a
+    training that is taken up again goes on as it would have.
+    """
+
+    def share(self, step: int) -> float:
+        """Return the share of the learning rate, and of the rows' losses, that the optimizer gets."""
+        ...
+
+    def weight(self, step: int) -> float:
+        """Return the weight of the value in the loss."""
+        ...
+
+    def move(self, shard: Shard, step: int, rate: float) -> Tensor:
+        """Move a shard's values in place by -rate * weight * gradient, before the optimizer's update.
+
+        Returns:
+            The value there before, without weight.
+        """
         ...

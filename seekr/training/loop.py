@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +26,10 @@ from seekr.attention import probing
 from seekr.batches import BatchPlan
 from seekr.forward import check_packable
 from seekr.methods import Method, Outputs, Terms
-from seekr.methods.penalty import Penalty
+from seekr.methods.penalty import Penalty, Shard
 from seekr.training.flops import training_flops
 from seekr.training.microbatches import MicroBatch, TrainingRows
+from seekr.training.past import starting_weights
 from seekr.training.schedule import learning_rate
 from seekr.training.settings import Execution, Recipe
 from seekr.training.strategy import Strategy
@@ -76,6 +77,7 @@ class Training:
         self._recipe, self._execution, self._method = recipe, execution, method
         self._rows, self._device, self._pad_id = rows, device, pad_id
         self._workers, self._penalty = workers, penalty
+        self._pull = method.pull(starting_weights(strategy.source))
         self._plain_head = has_plain_head(strategy.model)
         if execution.pack_tokens is not None:
             check_packable(strategy.module)
@@ -143,7 +145,8 @@ class Training:
                 sums["loss"] = sums.get("loss", torch.zeros_like(value)) + term.weight * value
         self._add_penalty(sums)
         rate = learning_rate(self._recipe, index, self.num_steps)
-        norm = self.strategy.step(rate, self._recipe.max_grad_norm)
+        left = self._pull_weights(index, rate, sums)
+        norm = self.strategy.step(left, self._recipe.max_grad_norm)
         entry = {"step": index, "epoch": rows.epoch, "learning_rate": rate}
         entry |= self._totals(sums, wishes) | {"grad_norm": norm, "tokens": counts["tokens"]}
         return entry | {"seconds": round(time.monotonic() - started, 6)}
@@ -152,13 +155,29 @@ class Training:
         """Add the gradient of the loss on weights, and this worker's part of its value."""
         if self._penalty is None:
             return
-        value = torch.zeros((), device=self._device)
-        for shard in self.strategy.shards():
-            own = self._penalty.add(shard)
-            if shard.counts:
-                value += own.to(value)
+        value = self._over_shards(self._penalty.add)
         sums["penalty"] = value
         sums["loss"] = sums["loss"] + self._penalty.weight * value
+
+    def _pull_weights(self, index: int, rate: float, sums: dict[str, Tensor]) -> float:
+        """Let the pull move the weights; returns the rate that is left for the optimizer's update."""
+        pull = self._pull
+        if pull is None:
+            return rate
+        value = self._over_shards(lambda shard: pull.move(shard, index, rate))
+        share = pull.share(index)
+        sums["penalty"] = value
+        sums["loss"] = share * sums["loss"] + pull.weight(index) * value
+        return share * rate
+
+    def _over_shards(self, function: Callable[[Shard], Tensor]) -> Tensor:
+        """Call a function on all that this worker holds; returns the sum that it has to report."""
+        value = torch.zeros((), device=self._device)
+        for shard in self.strategy.shards():
+            own = function(shard)
+            if shard.counts:
+                value += own.to(value)
+        return value
 
     def _pass(self, micro_batch: MicroBatch, counts: Mapping[str, int]) -> Terms:
         """Forward and backward on one micro-batch; returns its loss terms."""

@@ -1,4 +1,4 @@
-"""What earlier tasks have left for a penalty on the weights, read range by range.
+"""What a loss on the weights compares them with, read range by range: what earlier tasks have left.
 
 Names are the trained model's own: whatever wrote the files, a method asks for a parameter as the
 training knows it.
@@ -11,8 +11,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from seekr.methods.penalty import Reader
-from seekr.training.build import WeightFiles
-from seekr.training.ranges import MemorySource
+from seekr.training.build import WeightFiles, file_name
+from seekr.training.ranges import MemorySource, Source
 
 
 def kept_numbers(folder: Path) -> Reader:
@@ -28,3 +28,8 @@ def learnt_adapters(folder: Path) -> Reader:
         for name, tensor in tensors.items()
     }
     return MemorySource(named).read
+
+
+def starting_weights(source: Source) -> Reader:
+    """Return a reader of the weights that a training starts from, adapters' starts included."""
+    return lambda name, start, length: source.read(file_name(name), start, length)

@@ -273,6 +273,17 @@ def a_penalty_where_gradients_are_out_of_reach(values: Values, folder: Path) -> 
     values["train"]["strategy"] = "deepspeed"
 
 
+@case("train.strategy is deepspeed", "recadam", "choose fsdp or ddp")
+def a_pull_where_weights_are_out_of_reach(values: Values, folder: Path) -> None:
+    values["method"] = {"name": "recadam", "pull_weight": 10}
+    values["train"]["strategy"] = "deepspeed"
+
+
+@case("train.learning_rate is 0.001", "method.pull_weight 1001", "at most 1: lower one of them")
+def a_pull_beyond_where_it_pulls_to(values: Values, folder: Path) -> None:
+    values["method"] = {"name": "recadam", "pull_weight": 1001}
+
+
 @case("train.pack_tokens is 64", "lwf", "null is needed")
 def packed_rows_that_have_targets(values: Values, folder: Path) -> None:
     values["method"] = {"name": "lwf"}

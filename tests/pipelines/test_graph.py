@@ -297,6 +297,21 @@ def test_ewc_hands_the_fisher_information_on_from_task_to_task(draw: Draw) -> No
     assert touched(graph, fewer) == names(graph, "fisher")
 
 
+def test_recadam_pulls_from_the_first_task_on_and_asks_nothing_of_earlier_stages(
+    draw: Draw,
+) -> None:
+    plain, graph = draw(METHODS["seqft"]), draw("method={name: recadam, pull_weight: 100}")
+    assert graph.keys() == plain.keys()
+    assert touched(plain, graph) == names(graph, "train")
+    for name in graph:
+        ours, theirs = graph[name].inputs, plain[name].inputs
+        assert {key: str(stage) for key, stage in ours.items()} == {
+            key: str(stage) for key, stage in theirs.items()
+        }
+    later = draw("method={name: recadam, pull_weight: 100, midpoint: 3}")
+    assert touched(graph, later) == names(graph, "train")
+
+
 def test_own_answers_are_taken_from_the_newest_model_for_every_earlier_task(draw: Draw) -> None:
     graph = draw(SEEKR, "replay.answers=on_policy")
     label = f"{FIRST}--after--{SECOND}"

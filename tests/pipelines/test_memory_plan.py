@@ -106,7 +106,8 @@ def test_replay_and_targets_are_there_for_the_methods_that_have_them(
 
 
 @pytest.mark.parametrize(
-    ("method", "numbers"), [("ewc", 2), ("olora", 0.5), ("seqft", 0), ("derpp", 0)]
+    ("method", "numbers"),
+    [("ewc", 2), ("recadam, pull_weight: 100", 1), ("olora", 0.5), ("seqft", 0), ("derpp", 0)],
 )
 def test_what_a_penalty_keeps_is_counted_per_worker(
     path: Path, method: str, numbers: float
