@@ -23,7 +23,7 @@ from pipelines.data_config import DataConfig, Name, ProbeConfig, TaskConfig, Tas
 from pipelines.labels import ALL_TASKS, BASE, REVIEW
 from pipelines.pool_config import EvaluateConfig, GeneralConfig, PoolConfig, TeachConfig
 from pipelines.section import Section, execution
-from pipelines.token_weights_config import TokenWeights
+from pipelines.token_weights_config import TokenWeightsConfig
 from pipelines.train_config import TrainConfig
 from seekr.methods.derpp import DERpp
 from seekr.methods.ewc import EWC
@@ -158,7 +158,7 @@ class StreamConfig(Section):
     """Sentences that are scored before and after every epoch of every training."""
     method: AnyMethod
     """Its name, and its own settings."""
-    token_weights: TokenWeights | None = None
+    token_weights: TokenWeightsConfig | None = None
     """What each token of a document counts; null counts all alike."""
     replay: ReplayConfig = ReplayConfig()
     """Which old rows are kept and how often they are seen."""

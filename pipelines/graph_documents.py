@@ -14,7 +14,6 @@ from pipelines.section import identity
 from pipelines.stage import Stage
 from pipelines.stage_kinds import stage_of
 from pipelines.survey import Facts
-from pipelines.token_weights_config import TrainAttentionWeights
 
 
 def probe_stages(config: StreamConfig, facts: Facts) -> Iterator[Stage]:
@@ -28,7 +27,7 @@ def probe_stages(config: StreamConfig, facts: Facts) -> Iterator[Stage]:
 def network_stage(config: StreamConfig, facts: Facts) -> Stage | None:
     """Return the training of Train-Attention, if one is to be trained."""
     weights = config.token_weights
-    if not isinstance(weights, TrainAttentionWeights) or weights.network is not None:
+    if weights is None or not weights.trains_network:
         return None
     settings = identity(weights.meta) | {"seed": config.seed}
     sources = {"model": facts.model_digest, **facts.weighing}

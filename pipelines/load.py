@@ -17,7 +17,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipelines.config import StreamConfig
-from pipelines.token_weights_config import TrainAttentionWeights
 from seekr.errors import ConfigError
 from seekr.methods import METHODS
 
@@ -77,7 +76,7 @@ def _placed(config: StreamConfig, root: Path) -> StreamConfig:
         "probes": tuple(placed(item, "data") for item in config.probes),
     }
     weights = config.token_weights
-    if isinstance(weights, TrainAttentionWeights):
+    if weights is not None:
         exclude = tuple(_under(root, source) for source in weights.meta.exclude)
         meta = placed(weights.meta, "pairs").model_copy(update={"exclude": exclude})
         changes["token_weights"] = weights.model_copy(update={"meta": meta})

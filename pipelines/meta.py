@@ -27,7 +27,7 @@ from pipelines.rows import SourceRow
 from pipelines.stage import StageOutcome
 from pipelines.store import Store
 from pipelines.survey_documents import pair_columns
-from pipelines.token_weights_config import MetaConfig, TrainAttentionWeights
+from pipelines.token_weights_config import MetaConfig
 from pipelines.workspace import CHECKPOINTS, Workspace
 from seekr.errors import ConfigError, DataError
 from seekr.fact_probes import make_probe
@@ -50,7 +50,7 @@ _STEPS = "steps.json"
 def meta(workspace: Workspace, config: StreamConfig, label: str, report: Reporter) -> StageOutcome:
     """Run the stage; writes network/ and history.json."""
     weights = config.token_weights
-    assert isinstance(weights, TrainAttentionWeights)
+    assert weights is not None
     items, odd = read_pairs(config, weights.meta)
     held_out = set(draw([item.item_id for item in items], weights.meta.held_out, config.seed))
     arguments = {
@@ -167,7 +167,7 @@ class _MetaTrainer:
         pool: PoolConfig,
     ) -> None:
         weights = config.token_weights
-        assert isinstance(weights, TrainAttentionWeights)
+        assert weights is not None
         settings, seed = weights.meta, config.seed
         device = prepare_device(pool)
         theta: Any = model.load("sdpa", torch.float32)

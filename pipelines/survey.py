@@ -261,8 +261,11 @@ class _TaskLook:
         )
 
     def check_template(self, facts: TaskFacts, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Check that the template can be filled and leaves room for the input."""
+        """Check that the template can be filled and leaves room for the input, if rows are asked."""
         options = self._options
+        asked = [part for part in self._parts if self._columns[part].text is None]
+        if not asked:
+            return
         try:
             template = Template.parse(facts.template)
             check_limits(template, tokenizer, options.max_length, options.max_answer_length)
@@ -275,7 +278,6 @@ class _TaskLook:
                 "from the input, so replay.borrowed has nothing to put around other inputs; write the "
                 "instruction into the task's template, or set replay.borrowed to null"
             )
-        asked = [part for part in self._parts if self._columns[part].text is None]
         for part in asked if template.wants_definition else ():
             rows = read_source(getattr(self._task, part), self._columns[part])
             first = next(row for row in rows if isinstance(row, SourceRow))

@@ -14,7 +14,7 @@ from pipelines.fingerprint import canonical_json, fingerprint, folder_digest
 from pipelines.inspection import SourceReport, inspect, require_good
 from pipelines.model_folder import read_model_config, read_tokenizer
 from pipelines.rows import Columns
-from pipelines.token_weights_config import MetaConfig, PairColumns, TrainAttentionWeights
+from pipelines.token_weights_config import MetaConfig, PairColumns
 from pipelines.transfer import cache_folder
 from seekr.errors import DataError
 from seekr.taalm.network import check_same_tokenizer
@@ -46,7 +46,7 @@ def weighing(config: StreamConfig) -> dict[str, str]:
         DataError: the pairs cannot be used.
     """
     weights = config.token_weights
-    if not isinstance(weights, TrainAttentionWeights):
+    if weights is None or weights.by != "train_attention":
         return {}
     cache = cache_folder() / "digests.json"
     found: dict[str, str] = {}
@@ -58,7 +58,7 @@ def weighing(config: StreamConfig) -> dict[str, str]:
                 read_tokenizer(config.model.path, config.model.trust_remote_code),
             )
             found[name] = folder_digest(folder, cache)
-    if weights.network is None:
+    if weights.trains_network:
         found |= _pairs(weights.meta, config.data.max_bad_share)
     return found
 

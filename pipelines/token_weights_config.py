@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pipelines.pool_config import ActorConfig
 from pipelines.section import Section, execution
 from pipelines.train_config import LoraConfig
-
-
-class FocusWeights(Section):
-    """Tokens of a document's focus count alone: what is best is known beforehand. A bound, no method."""
-
-    by: Literal["focus"]
-    """`focus`: data.columns.focus says what matters in a document."""
 
 
 class PairColumns(Section):
@@ -67,22 +60,23 @@ class MetaConfig(ActorConfig):
     """Updates between checkpoints."""
 
 
-class TrainAttentionWeights(Section):
-    """A second network looks at a document and says what each token counts (TAALM)."""
+class TokenWeightsConfig(Section):
+    """Who says what each token of a row counts."""
 
-    by: Literal["train_attention"]
-    """`train_attention`: TAALM."""
+    by: Literal["train_attention", "focus"]
+    """`train_attention` is a second network that looks at the row (TAALM); `focus` counts the tokens of
+    data.columns.focus alone: a bound for what weights can do, as it knows beforehand what is asked."""
     network: Path | None = execution(None)
-    """Folder of a network that is trained already; null trains one, as `meta` says."""
+    """Folder of a Train-Attention that is trained already; null trains one, as `meta` says."""
     model: Path | None = execution(None)
     """Folder of the model that Train-Attention begins as, with the base model's tokenizer; null is the
     base model."""
     meta: MetaConfig = MetaConfig()
-    """How it is trained."""
+    """How Train-Attention is trained."""
 
     @model_validator(mode="after")
-    def _trained_or_to_train(self) -> TrainAttentionWeights:
-        if (self.network is None) == (self.meta.pairs is None):
+    def _trained_or_to_train(self) -> TokenWeightsConfig:
+        if self.by == "train_attention" and (self.network is None) == (self.meta.pairs is None):
             found = "both null" if self.network is None else "both set"
             raise ValueError(
                 f"network and meta.pairs are {found}; give the folder of a trained network, or pairs "
@@ -90,5 +84,7 @@ class TrainAttentionWeights(Section):
             )
         return self
 
-
-TokenWeights = Annotated[FocusWeights | TrainAttentionWeights, Field(discriminator="by")]
+    @property
+    def trains_network(self) -> bool:
+        """Whether a Train-Attention is to be trained."""
+        return self.by == "train_attention" and self.network is None

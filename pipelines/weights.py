@@ -32,7 +32,6 @@ from pipelines.rowsets import (
     write_table,
 )
 from pipelines.stage import StageOutcome
-from pipelines.token_weights_config import TrainAttentionWeights
 from pipelines.workspace import Workspace
 from seekr.collation import collate
 from seekr.forward import batch_logits
@@ -82,7 +81,7 @@ def _network(workspace: Workspace, config: StreamConfig) -> Artifact | Path:
     """Return where Train-Attention is, which every actor fetches for itself."""
     if "network" in workspace.inputs:
         return workspace.inputs["network"]
-    assert isinstance(config.token_weights, TrainAttentionWeights) and config.token_weights.network
+    assert config.token_weights is not None and config.token_weights.network is not None
     return config.token_weights.network
 
 
