@@ -8,8 +8,8 @@ matter is known. There are four sets, all a pure function of their sizes and the
 - `to_learn`: new subjects on the test side (TO-LEARN);
 - `meta`: new subjects on the meta side, for training a weighter of tokens.
 
-The lessons use the words of both sides, so a model that was taught them has met every word of the other
-sets but no subject of theirs.
+The lessons use the words of both sides. From 96 known facts on, a model that was taught them has met every
+name and every object of the other sets, but no subject of theirs.
 """
 
 from __future__ import annotations
@@ -77,8 +77,7 @@ def planted_facts(
 
 def _facts(draw: random.Random, side: int, count: int) -> list[_Fact]:
     """Return facts about distinct subjects, relations and their objects taking turns."""
-    names = SIDES[side]
-    subjects = [f"{first} {last}" for first in names.first_names for last in names.last_names]
+    subjects = _subjects(draw, SIDES[side])
     if count > len(subjects):
         raise ValueError(
             f"{count} subjects are asked for on a side that has {len(subjects)} names; ask for fewer"
@@ -88,10 +87,23 @@ def _facts(draw: random.Random, side: int, count: int) -> list[_Fact]:
         for relation in RELATIONS
     }
     found: list[_Fact] = []
-    for index, subject in enumerate(draw.sample(subjects, count)):
+    for index, subject in enumerate(subjects[:count]):
         turn, place = divmod(index, len(RELATIONS))
         objects = turns[RELATIONS[place].code]
         found.append(_Fact(side, RELATIONS[place], subject, objects[turn % len(objects)]))
+    return found
+
+
+def _subjects(draw: random.Random, side: Side) -> list[str]:
+    """Return all pairs of names, so that each name comes once before any comes again."""
+    firsts, lasts = (
+        draw.sample(names, len(names)) for names in (side.first_names, side.last_names)
+    )
+    found: list[str] = []
+    for _ in range(len(firsts)):
+        turn = [f"{first} {last}" for first, last in zip(firsts, lasts, strict=True)]
+        found += draw.sample(turn, len(turn))
+        lasts = lasts[1:] + lasts[:1]
     return found
 
 
