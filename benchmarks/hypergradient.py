@@ -9,7 +9,8 @@ turn in one process:
     jvp        one directional derivative by forward differentiation, attention in its plain form there
     central    the same by central differences, attention fused everywhere
 
-Memory is the peak of a process that does nothing else, with what it held before the episode taken off.
+Times are those of the processor, so that whatever else runs on the machine bears less on them. Memory
+is the peak of a process that does nothing else, with what it held before the episode taken off.
 
 Predictions, in forward passes over the document, a backward pass under adapters counting as one: plain
 takes 6. `central` adds two: 1.3x. `jvp` adds a pass with twice the work and slower attention: 1.4x.
@@ -109,15 +110,15 @@ def _plain(theta: Any, phi: TrainAttention, seen: Episode) -> None:
 
 
 def measure(tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Return seconds per way, in turn and in changing order, after one warm-up of each."""
+    """Return CPU seconds per way, in turn and in changing order, after one warm-up of each."""
     steps = {way: step_of(way, tokens) for way in WAYS}
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(rounds + 1):
         for way in WAYS if turn % 2 else reversed(WAYS):
-            start = time.perf_counter()
+            start = time.process_time()
             steps[way]()
             if turn:
-                found[way].append(time.perf_counter() - start)
+                found[way].append(time.process_time() - start)
     return found
 
 
@@ -129,6 +130,18 @@ def peaks_of(way: str, lengths: list[int]) -> list[int]:
         command, capture_output=True, text=True, check=True, env=os.environ | OWN_PAGES
     )
     return [int(line) for line in done.stdout.splitlines()[-len(lengths) :]]
+
+
+def measured_peaks(lengths: list[int]) -> dict[tuple[str, int], int]:
+    """Return the peaks of all ways at all lengths."""
+    found = {way: peaks_of(way, lengths) for way in WAYS}
+    return {(way, n): peak for way in WAYS for n, peak in zip(lengths, found[way], strict=True)}
+
+
+def known_peaks(path: Path) -> dict[tuple[str, int], int]:
+    """Return the same from an earlier result."""
+    cells = json.loads(path.read_text())["cells"]
+    return {(one["way"], one["tokens"]): one["peak_bytes"] for one in cells}
 
 
 def print_peaks(way: str, lengths: list[int]) -> None:
@@ -171,16 +184,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 256, 512])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-memory", action="store_true", help="keep the peaks that --out has")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         return print_peaks(args.peak, args.tokens)
     cells: list[dict[str, Any]] = []
-    peaks = {way: peaks_of(way, args.tokens) for way in WAYS}
-    for index, tokens in enumerate(args.tokens):
+    peaks = known_peaks(args.out) if args.no_memory else measured_peaks(args.tokens)
+    for tokens in args.tokens:
         seconds = measure(tokens, args.rounds)
-        cells += [cell(tokens, way, seconds, peaks[way][index]) for way in WAYS]
+        cells += [cell(tokens, way, seconds, peaks[way, tokens]) for way in WAYS]
     show(cells)
     result = describe() | {"rounds": args.rounds, "threads": torch.get_num_threads()}
     args.out.write_text(json.dumps(result | {"cells": cells}, indent=1) + "\n")

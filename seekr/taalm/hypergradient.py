@@ -60,7 +60,7 @@ class InnerLoop:
             which are exact but for rounding and the third derivative along v.
         difference: Of `central`: length of the move along v over the length of theta. For float32;
             much less suffices in float64. With frozen weights in bfloat16 the losses are too coarse
-            for it: use `jvp`.
+            for it, and without damping few numbers make up nearly all of v: use `jvp`.
     """
 
     optimizer: AdamW = field(default_factory=lambda: AdamW(damping=1e-8))

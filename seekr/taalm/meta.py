@@ -215,8 +215,9 @@ class MetaTraining:
         state = AdamState.zeros(trained_parameters(self.phi))
         state = AdamState(step=int(values["step"]), mean=state.mean, square=state.square)
         tensors = self._tensors(state)
-        if saved.keys() != tensors.keys():
-            name = sorted(saved.keys() ^ tensors.keys())[0]
+        shapes, own_shapes = ({(n, *t.shape) for n, t in some.items()} for some in (saved, tensors))
+        if shapes != own_shapes:
+            name = min(shapes ^ own_shapes)[0]
             raise ConfigError(
                 f"the meta-training in {folder} trains other tensors, the first is {name!r}; phi has "
                 "to be made as it was: check its model and adapters"

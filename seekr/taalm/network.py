@@ -82,14 +82,14 @@ class TrainAttention(nn.Module):
         Raises:
             ConfigError: as `seekr.models.load_model`, or something is attached to the model.
         """
-        model = load_model(
-            folder, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
-        )
         if read_addition(Path(folder)) is not None:
             raise ConfigError(
                 f"model folder {folder} holds a model with prompts or blocks attached; "
                 "Train-Attention starts from a plain model: use the base model"
             )
+        model = load_model(
+            folder, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+        )
         body: Any = model.base_model
         return cls(body, lora, seed)
 

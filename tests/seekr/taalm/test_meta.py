@@ -114,7 +114,7 @@ def test_a_state_of_other_settings_items_or_tensors_is_refused(tmp_path: Path) -
         training(replace(SETTINGS, seed=1)).load(tmp_path)
     with pytest.raises(ConfigError, match="has other items"):
         training(items=random_items(4)).load(tmp_path)
-    with pytest.raises(ConfigError, match="trains other tensors"):
+    with pytest.raises(ConfigError, match="trains other tensors"):  # adapters instead of weights
         training(lora=True).load(tmp_path)
     with pytest.raises(ConfigError, match=f"has no {STATE}"):
         training().load(tmp_path / "elsewhere")
