@@ -219,3 +219,12 @@ def weights_kl(recorded_BS: Tensor, weights_BS: Tensor) -> Tensor:
     missing = weights_BS.shape[1] - recorded_BS.shape[1]
     recorded_BS = functional.pad(recorded_BS, (0, missing)).to(weights_BS)
     return (torch.xlogy(recorded_BS, recorded_BS) - torch.xlogy(recorded_BS, weights_BS)).sum(-1)
+
+
+def own_block_nll(weights_BS: Tensor) -> Tensor:
+    """Return KL(newest block alone || current) of weights over blocks, per row: -log a_own.
+
+    Args:
+        weights_BS: Of all blocks, the newest last, each above 0.
+    """
+    return -weights_BS[:, -1].log()
