@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from pipelines.pool_config import EvaluateConfig, GeneralConfig, PoolConfig, TeachConfig
 from pipelines.section import Section, execution
-from pipelines.train_config import TrainConfig
+from pipelines.train_config import GeneratorConfig, TrainConfig
 from seekr.methods.derpp import DERpp
 from seekr.methods.ewc import EWC
 from seekr.methods.l2p import L2P
@@ -157,6 +157,9 @@ class ReplayConfig(Section):
     """Rows per earlier task made while a task is learnt: its inputs under the earlier task's
     instruction, with the newest model's answers. They are replayed too, and not kept; null makes
     none."""
+    generator: GeneratorConfig | None = None
+    """For methods that replay prompts alone: a model trained on a task's prompts writes those that are
+    replayed, as many as rows would be kept; null keeps rows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -296,12 +299,27 @@ class StreamConfig(Section):
                 f"replay.{name} is set and method {method.name} replays the prompts of kept rows alone, "
                 f"without answers; leave replay.{name} out"
             )
+        if replay.generator is not None:
+            self._generator_can_be_used(replay)
         if self.general.asked and method.needs.addition:
             raise ValueError(
                 f"general.tasks is set and method {method.name} trains an addition to a frozen model, which "
                 "lm-eval does not know how to use; leave general.tasks empty"
             )
         return self
+
+    def _generator_can_be_used(self, replay: ReplayConfig) -> None:
+        method = self.method
+        if not (method.needs.replay and method.replay_sees == "prompts"):
+            raise ValueError(
+                f"replay.generator is set, which writes prompts without answers, and method {method.name} "
+                "does not replay prompts alone; set replay.generator to null, or use method sapt"
+            )
+        if replay.sampling != "random":
+            raise ValueError(
+                f"replay.sampling is {replay.sampling} and replay.generator is set, so no row is kept that "
+                "could be chosen; leave replay.sampling out"
+            )
 
     @property
     def required_cpus(self) -> float:
