@@ -8,15 +8,16 @@ begins anew.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
-import torch
+import ray.data
 
 from pipelines.config import StreamConfig
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
-from pipelines.pool import ModelSource, prepare_device, ray_tables, rows_in_blocks
+from pipelines.pool import ModelSource, prepare_device, ray_tables
 from pipelines.pool_config import PoolConfig
 from pipelines.rowsets import (
     REPLAY,
@@ -57,7 +58,7 @@ def generate(
     settings = workspace.config
     table = load_rows_table(workspace.inputs["data"], kind_folder(TRAIN))
     size = replay_size(table.num_rows, settings["ratio"], settings["rows"])
-    pool = config.teach.model_copy(update={"actors": 1})
+    report.post(force=True, rows_done=0, rows=size)
     arguments = {
         "model": ModelSource.of(workspace, config, "model"),
         "task": task,
@@ -65,41 +66,32 @@ def generate(
         "rows": table,
         "report": report,
     }
-    kept: dict[str, dict[str, Any]] = {}
-    drawn = 0
-    with model_pool(_Writer, arguments, workspace.key, pool, config) as through:
-        while len(kept) < size:
-            if drawn >= _MOST_DRAWS * size:
-                raise SeekrError(_too_few(task, len(kept), size, drawn))
-            draws = pa.table({"draw": range(drawn, drawn + size)})
-            blocks = ray_tables(through(rows_in_blocks(draws, pool)))
-            found = pa.concat_tables(
-                [WRITTEN_SCHEMA.empty_table(), *blocks]
-            )  # Ray drops empty ones
-            for record in found.sort_by("draw").to_pylist():
-                kept.setdefault(record["row_id"], record)
-            drawn += size
-    chosen = sorted(kept.values(), key=lambda record: record["draw"])[:size]
-    rows = pa.Table.from_pylist(chosen, schema=WRITTEN_SCHEMA).select(ROW_SCHEMA.names)
-    write_table(rows, workspace, REPLAY)
+    # One batch: a generator is trained for it and is gone with it.
+    pool = config.teach.model_copy(update={"actors": 1})
+    with model_pool(Writer, arguments, workspace.key, pool, config) as through:
+        found = ray_tables(through(ray.data.from_arrow(pa.table({"size": [size]}))))
+    rows = pa.concat_tables([WRITTEN_SCHEMA.empty_table(), *found])  # Ray drops empty tables
+    if rows.num_rows < size:
+        raise SeekrError(_too_few(task, rows.num_rows, size))
+    write_table(rows.select(ROW_SCHEMA.names), workspace, REPLAY)
     own = {tuple(row.input_ids[: row.prompt_length]) for row in rows_of(table)}
     same = sum(tuple(row.input_ids[: row.prompt_length]) in own for row in rows_of(rows))
-    # Of the draws that were needed, whatever was drawn at a time.
-    stats = {"drawn": 1 + chosen[-1]["draw"], "verbatim": same, "learnt_from": table.num_rows}
+    drawn = 1 + max(rows["draw"].to_pylist())
+    stats = {"drawn": drawn, "verbatim": same, "learnt_from": table.num_rows}
     return StageOutcome(rows=size, stats=stats, seeds={"generate": settings["seed"]})
 
 
-def _too_few(task: str, kept: int, size: int, drawn: int) -> str:
+def _too_few(task: str, kept: int, size: int) -> str:
     return (
-        f"the generator of task {task} wrote {drawn} prompts, of which {kept} are distinct and of the "
-        f"template's form; {size} are needed: train it longer (replay.generator.epochs or "
-        "learning_rate), raise replay.generator.temperature if they are too much alike, or lower "
-        "replay.ratio or replay.rows"
+        f"the generator of task {task} wrote {_MOST_DRAWS * size} prompts, of which {kept} are "
+        f"distinct and of the template's form; {size} are needed: train it longer "
+        "(replay.generator.epochs or learning_rate), raise replay.generator.temperature if they are "
+        "too much alike, or lower replay.ratio or replay.rows"
     )
 
 
-class _Writer:
-    """An actor with one generator, which it trains when it is made."""
+class Writer:
+    """An actor that trains a generator for every batch it is sent, and lets it write."""
 
     def __init__(
         self,
@@ -111,26 +103,47 @@ class _Writer:
         report: Reporter,
         pool: PoolConfig,
     ) -> None:
-        folder, device = model.folder(), prepare_device(pool)
+        folder = model.folder()
+        self._origin = Origin(folder=folder, trust_remote_code=model.trust_remote_code)
         self._tokenizer = load_tokenizer(folder, trust_remote_code=model.trust_remote_code)
         self._form = PromptForm.of(Template.parse(settings["template"]), self._tokenizer)
-        self._settings, self._draw = settings, f"{settings['seed']}/{task}"
+        self._task, self._settings, self._rows = task, settings, rows_of(rows)
+        self._device, self._batch_size = prepare_device(pool), pool.batch_size
         self._report = report.named(f"writer-{id(self)}")
-        origin = Origin(folder=folder, trust_remote_code=model.trust_remote_code)
-        lessons = [self._form.lesson(row) for row in rows_of(rows)]
-        self._model: Any = self._trained(origin, task, lessons, pool, device)
 
-    def _trained(
-        self,
-        origin: Origin,
-        task: str,
-        lessons: list[TokenizedRow],
-        pool: PoolConfig,
-        device: torch.device,
-    ) -> Any:
-        recipe = Recipe.of(self._settings, f"{task}/prompts")
-        execution = Execution(micro_batch_size=pool.batch_size)
-        strategy = Plain(origin, recipe, execution, device)
+    def __call__(self, table: pa.Table) -> pa.Table:
+        (size,) = table["size"].to_pylist()
+        model = self._trained()
+        kept: dict[str, dict[str, Any]] = {}
+        most = _MOST_DRAWS * size
+        for first in range(0, most, self._batch_size):
+            draws = range(first, min(first + self._batch_size, most))
+            for draw, row in zip(draws, self._written(model, draws), strict=True):
+                if row is not None and row.row_id not in kept and len(kept) < size:
+                    kept[row.row_id] = row.to_record() | {"draw": draw}
+                    self._report.add_rows(1)
+            if len(kept) == size:
+                break
+        return pa.Table.from_pylist(list(kept.values()), schema=WRITTEN_SCHEMA)
+
+    def _written(self, model: Any, draws: Iterable[int]) -> list[TokenizedRow | None]:
+        settings, form = self._settings, self._form
+        found = write_prompts(
+            model,
+            form.given,
+            [f"{settings['seed']}/{self._task}/{draw}" for draw in draws],
+            temperature=settings["temperature"],
+            # The EOS that ends a prompt is not of it.
+            max_new_tokens=settings["prompt_length"] - len(form.opening) + 1,
+            eos_id=eos_id_of(self._tokenizer),
+        )
+        return [None if ids is None else form.row(ids) for ids in found]
+
+    def _trained(self) -> Any:
+        lessons = [self._form.lesson(row) for row in self._rows]
+        recipe = Recipe.of(self._settings, f"{self._task}/prompts")
+        execution = Execution(micro_batch_size=self._batch_size)
+        strategy = Plain(self._origin, recipe, execution, self._device)
         training = Training(
             recipe,
             execution,
@@ -143,7 +156,7 @@ class _Writer:
                 targets=None,
             ),
             strategy,
-            device,
+            self._device,
             pad_id_of(self._tokenizer),
             Workers(),
         )
@@ -151,23 +164,3 @@ class _Writer:
             entry = training.step(step)
             self._report.post(steps_done=step + 1, steps=training.num_steps, loss=entry["loss"])
         return strategy.model.eval()
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        draws: list[int] = table["draw"].to_pylist()
-        given = self._form.given
-        found = write_prompts(
-            self._model,
-            given,
-            [f"{self._draw}/{draw}" for draw in draws],
-            temperature=self._settings["temperature"],
-            # The EOS that ends a prompt is not of it.
-            max_new_tokens=self._settings["prompt_length"] - len(self._form.opening) + 1,
-            eos_id=eos_id_of(self._tokenizer),
-        )
-        records: list[dict[str, Any]] = []
-        for draw, written in zip(draws, found, strict=True):
-            row = None if written is None else self._form.row(written)
-            if row is not None:
-                records.append(row.to_record() | {"draw": draw})
-        self._report.add_rows(len(draws))
-        return pa.Table.from_pylist(records, schema=WRITTEN_SCHEMA)

@@ -1,5 +1,5 @@
-"""Losses on logits: answer NLL, logit KL and logit MSE, each one number per answer position; and two
-on what rows give to blocks.
+"""Losses on logits: answer NLL, logit KL and logit MSE, each one number per answer position; at the
+end, two losses on what rows give to blocks.
 
 Each is an object that knows its positions and turns the logits of any part of them into values, so
 it does not matter where logits come from, or how many exist at a time (`answers`). Values become

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
+import pyarrow as pa
 import pytest
 
+from pipelines.generate import Writer
 from pipelines.graph import build_graph
 from pipelines.load import load_config
+from pipelines.monitor import Reporter
+from pipelines.pool import ModelSource
 from pipelines.report import render_report
 from pipelines.rowsets import REPLAY, TRAIN, kind_folder, load_rows_table, load_table, rows_of
 from pipelines.stage import Stage
@@ -134,15 +139,36 @@ def test_the_generated_prompts_are_what_is_recorded_and_reflected(ran: Find) -> 
     assert all(step["reflection"] > 0 and step["selection"] > 0 for step in steps)
 
 
+class Unheard:
+    """A reporter of a stage that runs nowhere."""
+
+    def named(self, _: str) -> Unheard:
+        return self
+
+    def post(self, **_: Any) -> None: ...
+
+    def add_rows(self, _: int) -> None: ...
+
+
 @pytest.mark.ray
 def test_the_same_prompts_are_written_again_however_many_are_drawn_at_a_time(
-    ran: Find, path: Path, tmp_path: Path
+    ran: Find, path: Path
 ) -> None:
-    again = run_to_end(path, *GENERATED, "teach.batch_size=3", f"storage={tmp_path}")
-    for task in (FIRST, SECOND):
-        one, other = written(ran, task), written(again, task)
-        assert [row.row_id for row in one] == [row.row_id for row in other]
-        assert prompts(one) == prompts(other)
+    config = load_config(path, GENERATED)
+    stage = graph(path, *GENERATED)[f"generate/{FIRST}"]
+    source = ModelSource(artifact=None, base=MODEL, trust_remote_code=False, dtype="float32")
+    again = Writer(
+        model=source,
+        task=FIRST,
+        settings=dict(stage.config),
+        rows=load_rows_table(ran(f"ingest/{FIRST}"), kind_folder(TRAIN)),
+        report=cast(Reporter, Unheard()),
+        pool=config.teach.model_copy(update={"batch_size": 3}),
+    )
+    found = rows_of(again(pa.table({"size": [NUM_TRAIN // 10]})).sort_by("row_id"))
+    one = written(ran, FIRST)
+    assert [row.row_id for row in one] == [row.row_id for row in found]
+    assert prompts(one) == prompts(found)
 
 
 @pytest.mark.ray

@@ -19,6 +19,7 @@ from seekr.forward import batch_logits
 from seekr.losses import own_block_nll, weights_kl
 from seekr.methods import Outputs
 from seekr.methods.sapt import SAPT
+from seekr.models import load_tokenizer
 from seekr.prompts import TokenizedRow
 from seekr.shared_attention import Attending, weights_of
 from seekr.teacher import TeacherTarget
@@ -136,14 +137,8 @@ def learn(
     for step in range(training.num_steps):
         training.step(step)
     folder.mkdir()
-    export_model(strategy, chosen, place, _Silent(), folder, Workers())
+    export_model(strategy, chosen, place, load_tokenizer(origin), folder, Workers())
     return folder, strategy.model
-
-
-class _Silent:
-    """A tokenizer that has no files."""
-
-    def save_pretrained(self, _: Path) -> None: ...
 
 
 def test_rows_of_two_tasks_find_their_own_blocks(tmp_path: Path) -> None:
