@@ -142,7 +142,8 @@ class Writer:
     def _trained(self) -> Any:
         lessons = [self._form.lesson(row) for row in self._rows]
         recipe = Recipe.of(self._settings, f"{self._task}/prompts")
-        execution = Execution(micro_batch_size=self._batch_size)
+        # Passes as large as steps: in other passes rounding differs, and other prompts are drawn.
+        execution = Execution(micro_batch_size=recipe.batch_size)
         strategy = Plain(self._origin, recipe, execution, self._device)
         training = Training(
             recipe,

@@ -31,7 +31,7 @@ class GeneratorConfig(Section):
     epochs: int = Field(default=5, ge=1)
     """Passes over the prompts of a task's rows."""
     batch_size: int = Field(default=16, ge=1)
-    """Prompts per optimizer step."""
+    """Prompts per optimizer step, which is one forward pass."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Constant rate of AdamW."""
     lora: LoraConfig = LoraConfig()
