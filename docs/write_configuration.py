@@ -31,6 +31,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("tasks[]", config.TaskConfig),
     *((f"method: {{name: {name}}}", model) for name, model in METHODS.items()),
     ("replay", config.ReplayConfig),
+    ("replay.generator", train_config.GeneratorConfig),
     ("train", config.TrainConfig),
     ("train.lora", train_config.LoraConfig),
     ("train.workers", train_config.WorkerRange),

@@ -19,12 +19,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pipelines.compatibility import check_together
 from pipelines.data_config import DataConfig, Name, ProbeConfig, TaskConfig, TaskOptions
 from pipelines.labels import ALL_TASKS, BASE, REVIEW
 from pipelines.pool_config import EvaluateConfig, GeneralConfig, PoolConfig, TeachConfig
 from pipelines.section import Section, execution
 from pipelines.token_weights_config import TokenWeightsConfig
-from pipelines.train_config import TrainConfig
+from pipelines.train_config import GeneratorConfig, TrainConfig
 from seekr.methods.derpp import DERpp
 from seekr.methods.ewc import EWC
 from seekr.methods.l2p import L2P
@@ -97,6 +98,9 @@ class ReplayConfig(Section):
     """Rows per earlier task made while a task is learnt: its inputs under the earlier task's
     instruction, with the newest model's answers. They are replayed too, and not kept; null makes
     none."""
+    generator: GeneratorConfig | None = None
+    """For methods that replay prompts alone: a model trained on a task's prompts writes those that are
+    replayed, as many as rows would be kept; null keeps rows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -211,55 +215,6 @@ class StreamConfig(Section):
             "teach", [{"type": cause, "loc": ("logits_kept",), "input": teach.logits_kept}]
         )
 
-    @model_validator(mode="after")
-    def _method_can_be_trained(self) -> StreamConfig:
-        method, train = self.method, self.train
-        single = method.needs.task_logits or method.needs.addition or method.needs.reference
-        if train.pack_tokens is not None and single:
-            raise ValueError(
-                f"train.pack_tokens is {train.pack_tokens} and method {method.name} has targets or "
-                "an addition for single rows; null is needed"
-            )
-        if method.needs.penalty and train.strategy == "deepspeed":
-            raise ValueError(
-                f"train.strategy is deepspeed, which keeps gradients to itself, and method "
-                f"{method.name} adds to them; choose fsdp or ddp"
-            )
-        if isinstance(method, RecAdam) and method.pull_weight * train.learning_rate > 1:
-            raise ValueError(
-                f"train.learning_rate is {train.learning_rate:g} and method.pull_weight "
-                f"{method.pull_weight:g}; their product is the share of the way back that a step goes, "
-                "at most 1: lower one of them"
-            )
-        if method.needs.adapters and train.lora is None:
-            raise ValueError(
-                f"train.lora is null and method {method.name} is about adapters; set train.lora.rank"
-            )
-        if train.lora is not None and (method.needs.fisher or method.needs.addition):
-            raise ValueError(
-                f"train.lora is set and method {method.name} is not about adapters, under which the "
-                "weights stay frozen; set train.lora to null"
-            )
-        replay = self.replay
-        if replay.review is not None and (not method.needs.replay or method.needs.teacher):
-            found = "has targets for what it replays" if method.needs.teacher else "replays nothing"
-            raise ValueError(
-                f"replay.review is set and method {method.name} {found}; replay and opr go with it: "
-                "choose one, or leave replay.review out"
-            )
-        if method.needs.weights and (replay.borrowed is not None or replay.answers != "gold"):
-            name = "borrowed" if replay.borrowed is not None else "answers"
-            raise ValueError(
-                f"replay.{name} is set and method {method.name} replays the prompts of kept rows alone, "
-                f"without answers; leave replay.{name} out"
-            )
-        if self.general.asked and method.needs.addition:
-            raise ValueError(
-                f"general.tasks is set and method {method.name} trains an addition to a frozen model, which "
-                "lm-eval does not know how to use; leave general.tasks empty"
-            )
-        return self
-
     @field_validator("probes")
     @classmethod
     def _one_set_per_role(cls, probes: tuple[ProbeConfig, ...]) -> tuple[ProbeConfig, ...]:
@@ -274,49 +229,8 @@ class StreamConfig(Section):
         return probes
 
     @model_validator(mode="after")
-    def _documents_go_with_the_rest(self) -> StreamConfig:
-        documents = [t.name for t in self.tasks if self.options(t).columns.text is not None]
-        untested = [task.name for task in self.tasks if task.test is None]
-        missing = sorted(set(untested) - set(documents))
-        if missing:
-            raise ValueError(
-                f"task {missing[0]} has no test; one is needed for rows that are asked: set tasks.N.test"
-            )
-        if untested and len(untested) < len(self.tasks):
-            raise ValueError(
-                f"task {untested[0]} has no test and other tasks have one; with some of them the final "
-                "scores would leave out what that task did: give each a test, or none"
-            )
-        if documents and self.evaluate.split == "validation":
-            raise ValueError(
-                f"evaluate.split is validation and task {documents[0]} learns documents, which ask "
-                "nothing; choose test"
-            )
-        method = self.method
-        if self.token_weights is not None and method.needs.reference:
-            raise ValueError(
-                f"token_weights is set and method {method.name} says itself which tokens count; "
-                "leave token_weights out"
-            )
-        if self.token_weights is not None and (
-            self.replay.borrowed is not None or self.replay.answers != "gold"
-        ):
-            raise ValueError(
-                "token_weights is set and replay makes answers of its own, whose tokens nobody has "
-                "weighed; leave replay.borrowed and replay.answers out"
-            )
-        for name, wanted in (("probes", self.probes), ("token_weights", self.token_weights)):
-            if wanted and method.needs.addition:
-                raise ValueError(
-                    f"{name} is set and method {method.name} trains an addition to a frozen model; "
-                    f"leave {name} out"
-                )
-        if self.token_weights is not None and self.token_weights.by == "focus":
-            for task in self.tasks:
-                if self.options(task).columns.focus is None:
-                    raise ValueError(
-                        f"token_weights.by is focus and task {task.name} has no columns.focus; set it"
-                    )
+    def _parts_go_together(self) -> StreamConfig:
+        check_together(self)
         return self
 
     @property

@@ -62,7 +62,9 @@ class _Builder:
         if self._config.evaluate.forward_transfer and index > 0 and task.test is not None:
             self._evaluate_before(task, known[-2])
         late = self._config.replay.sampling == "surprise_after"
-        if needs.replay and not late:
+        if needs.replay and self._config.replay.generator is not None:
+            self._generate(task)
+        elif needs.replay and not late:
             self._sample(task, known[:-1])
         if needs.task_logits and index > 0:
             self._foretell(task, known[-2])
@@ -173,6 +175,22 @@ class _Builder:
         sources = {} if model else {"model": self._facts.model_digest}
         self._add("sample", task.name, settings, inputs | model, sources)
 
+    def _generate(self, task: TaskConfig) -> None:
+        """Let a generator write prompts like a task's, in place of kept rows."""
+        replay, options = self._config.replay, self._config.options(task)
+        assert replay.generator is not None
+        settings = {
+            **identity(replay.generator),
+            "ratio": replay.ratio,
+            "rows": replay.rows,
+            "template": self._facts.tasks[task.name].template,
+            "prompt_length": options.max_length - options.max_answer_length,
+            **precision(self._config),
+        }
+        inputs = {"data": self._latest["ingest", task.name]}
+        sources = {"model": self._facts.model_digest}
+        self._add("generate", task.name, settings, inputs, sources)
+
     def _roll_out(self, known: list[str]) -> None:
         """Let the newest model answer the kept prompts of all tasks, for the next task's replay."""
         replay, newest = self._config.replay, known[-1]
@@ -217,6 +235,8 @@ class _Builder:
 
     def _kept(self, task: str) -> Stage:
         """Return the stage whose rows of an earlier task are replayed."""
+        if self._config.replay.generator is not None:
+            return self._latest["generate", task]
         return self._latest["rollout" if self._on_policy else "sample", task]
 
     def _train(self, task: TaskConfig, earlier: list[str]) -> None:

@@ -19,7 +19,7 @@ from pipelines.results import History, StreamView
 from pipelines.svg import NUM_COLOURS, Frame
 
 STAGE_COLOURS = {
-    "ingest": 9, "sample": 6, "rollout": 5, "train": 0, "fisher": 3, "score": 4, "select": 8,
+    "ingest": 9, "sample": 6, "generate": 6, "rollout": 5, "train": 0, "fisher": 3, "score": 4, "select": 8,
     "teach": 2, "evaluate": 1,
 }  # fmt: skip
 PART_COLOURS = {
@@ -30,6 +30,7 @@ PART_COLOURS = {
     "attention": 4,
     "penalty": 5,
     "reflection": 2,
+    "selection": 3,
 }
 NOT_PARTS = frozenset({"step", "epoch", "learning_rate", "grad_norm", "tokens", "seconds"})
 DASH = "\N{EN DASH}"

@@ -204,9 +204,9 @@ class StreamView:
         ]
 
     def replay(self) -> list[ReplaySize]:
-        """Replay store per task: its sampled rows and its last teach stage's targets."""
+        """Replay store per task: its rows, sampled or generated, and its last teach stage's targets."""
         sizes = []
-        for sample in self.of("sample"):
+        for sample in (*self.of("sample"), *self.of("generate")):
             taught = [r for r in self.of("teach") if about(r.task) == sample.task]
             bytes_each = [result.num_bytes for result in taught]
             sizes.append(

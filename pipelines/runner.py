@@ -22,6 +22,7 @@ from pipelines.config import StreamConfig
 from pipelines.evaluate import evaluate
 from pipelines.fisher import fisher
 from pipelines.general import general
+from pipelines.generate import generate
 from pipelines.ingest import ingest
 from pipelines.interrupts import Interrupts
 from pipelines.lease import abandon_all, release_all
@@ -53,6 +54,7 @@ StageFunction = Callable[[Workspace, StreamConfig, str, Reporter], StageOutcome]
 COMPUTE: dict[str, StageFunction] = {
     "ingest": ingest,
     "sample": sample,
+    "generate": generate,
     "rollout": rollout,
     "borrow": borrow,
     "train": train,

@@ -11,6 +11,7 @@ from pipelines.stage import Stage
 VERSIONS = {
     "ingest": 1,
     "sample": 1,
+    "generate": 1,
     "rollout": 1,
     "borrow": 1,
     "train": 4,

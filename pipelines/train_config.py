@@ -25,6 +25,21 @@ class LoraConfig(Section):
     """Names of linear layers, such as [q_proj, v_proj]; null takes all of the decoder."""
 
 
+class GeneratorConfig(Section):
+    """The base model under low-rank adapters, which learns to write a task's prompts."""
+
+    epochs: int = Field(default=5, ge=1)
+    """Passes over the prompts of a task's rows."""
+    batch_size: int = Field(default=16, ge=1)
+    """Prompts per optimizer step, which is one forward pass."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Constant rate of AdamW."""
+    lora: LoraConfig = LoraConfig()
+    """The adapters."""
+    temperature: float = Field(default=1.0, gt=0)
+    """At which prompts are drawn, token by token."""
+
+
 class WorkerRange(Section):
     """How few and how many workers a training may have; every change goes on from a checkpoint."""
 

@@ -1,4 +1,5 @@
-"""Losses on logits: answer NLL, logit KL and logit MSE, each one number per answer position.
+"""Losses on logits: answer NLL, logit KL and logit MSE, each one number per answer position; at the
+end, two losses on what rows give to blocks.
 
 Each is an object that knows its positions and turns the logits of any part of them into values, so
 it does not matter where logits come from, or how many exist at a time (`answers`). Values become
@@ -229,3 +230,12 @@ def weights_kl(recorded_BS: Tensor, weights_BS: Tensor) -> Tensor:
     missing = weights_BS.shape[1] - recorded_BS.shape[1]
     recorded_BS = functional.pad(recorded_BS, (0, missing)).to(weights_BS)
     return (torch.xlogy(recorded_BS, recorded_BS) - torch.xlogy(recorded_BS, weights_BS)).sum(-1)
+
+
+def own_block_nll(weights_BS: Tensor) -> Tensor:
+    """Return KL(newest block alone || current) of weights over blocks, per row: -log a_own.
+
+    Args:
+        weights_BS: Of all blocks, the newest last, each above 0.
+    """
+    return -weights_BS[:, -1].log()

@@ -51,6 +51,7 @@ OTHERS = {
     "tasks[]/template": "'{input} ?'",
     "tasks[]/truncate": "head",
     "tasks[]/metric": "accuracy",
+    "replay/generator": {"epochs": 2},
     "train/lora": {"rank": 4},
     "train/profile_steps": [1, 2],
     "tracking/uri": "sqlite:///other.db",
@@ -69,12 +70,18 @@ BASES = {
 
 # Sections that a stream lacks by default: what they are given as a whole.
 OPTIONAL = {
+    "replay.generator": {"epochs": 2, "temperature": 0.5},
     "train.lora": {"rank": 4, "alpha": 3.0, "dropout": 0.1, "targets": ["q_proj"]},
     "train.workers": {"min": 1, "max": 2},
 }
 
-# Fields that bear nothing on most methods, and one that they bear on.
-BEARING = {"replay/accept": "opr", "replay/rejected": "opr"}
+# Fields and sections that bear nothing on most methods, and one that they bear on.
+BEARING = {
+    "replay/accept": "opr",
+    "replay/rejected": "opr",
+    "replay/generator": "sapt",
+    "replay.generator": "sapt",
+}
 
 
 def files_in_tree() -> Iterator[tuple[str, str]]:
@@ -171,7 +178,7 @@ def test_a_field_bears_what_the_page_says(
 ) -> None:
     by_method, folder = streams
     method = heading.partition("{name: ")[2].rstrip("}")
-    method = method or BEARING.get(f"{heading}/{row.name}", "seekr")
+    method = method or BEARING.get(f"{heading}/{row.name}", BEARING.get(heading, "seekr"))
     path = by_method[method]
     basis = BASES.get(heading, BASES.get(f"{heading}/{row.name}", []))
     basis = [text.replace("{own}", str(path.parent)) for text in basis]

@@ -11,13 +11,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from seekr.losses import weights_kl
+from seekr.losses import own_block_nll, weights_kl
 from seekr.methods.contract import Method, Needs, Outputs, Term, Terms
 from seekr.shared_attention import Pooling, SharedAttention
 
 
 class SAPT(Method):
-    """L = L_task + reflection_weight * mean over replayed prompts of KL(recorded || current)."""
+    """L = L_task + selection_weight * mean over new rows of -log a_own
+    + reflection_weight * mean over replayed prompts of KL(recorded || current)."""
 
     needs: ClassVar[Needs] = Needs(replay=True, weights=True, addition=True)
     replay_sees: ClassVar[Literal["rows", "prompts"]] = "prompts"
@@ -40,6 +41,9 @@ class SAPT(Method):
     """Lambda. A mean over prompts, so it does not grow with the number of tasks."""
     reflection: Literal["mean", "row"] = "mean"
     """What is recorded: the mean weights of a task's training rows, as published, or each kept row's."""
+    selection_weight: float = Field(default=1.0, ge=0)
+    """Of -log of what a new row gives to its own task's block; 0 is as published, where nothing but
+    the task's loss says which block is whose."""
 
     @property
     def addition(self) -> SharedAttention:
@@ -53,7 +57,16 @@ class SAPT(Method):
         )
 
     def first_task_settings(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude={"reflection", "reflection_weight"})
+        later = {"reflection", "reflection_weight", "selection_weight"}
+        return self.model_dump(mode="json", exclude=later)
+
+    def task_terms(self, outputs: Outputs) -> Terms:
+        assert outputs.added is not None and outputs.added.weights_BS is not None
+        terms, weights_BS = super().task_terms(outputs), outputs.added.weights_BS
+        if self.selection_weight and weights_BS.shape[1] > 1:
+            total = own_block_nll(weights_BS).sum()
+            terms["selection"] = Term(weight=self.selection_weight, total=total, per="task_rows")
+        return terms
 
     def replay_terms(self, outputs: Outputs) -> Terms:
         assert outputs.targets is not None and outputs.targets.weights_BS is not None

@@ -152,12 +152,12 @@ def test_the_parts_of_a_loss_that_are_logged_are_those_of_the_method(
     needs, steps = METHODS[name].needs, found[name, 1][0]
     expected = {"task"}
     expected |= {"replay"} if needs.replay and not needs.weights else set()
-    expected |= {"reflection"} if needs.weights else set()
+    expected |= {"reflection", "selection"} if needs.weights else set()
     expected |= {"logits"} if needs.logits or needs.task_logits else set()
     expected |= {"attention"} if needs.heads else set()
     expected |= {"penalty"} if needs.penalty else set()
     expected |= {"pull"} if name == "l2p" else set()
-    names = {"task", "replay", "logits", "attention", "penalty", "pull", "reflection"}
+    names = {"task", "replay", "logits", "attention", "penalty", "pull", "reflection", "selection"}
     assert set(steps[0]) & names == expected
     for part in expected:
         assert all(np.isfinite(step[part]) for step in steps)

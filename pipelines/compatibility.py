@@ -1,0 +1,136 @@
+"""What of a stream's parts does not go together: a method and how it is trained, replay, documents.
+
+Each part is right by itself; here they are looked at side by side. A combination that could not be given
+as asked is refused, with what to change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from seekr.methods.recadam import RecAdam
+
+if TYPE_CHECKING:
+    from pipelines.config import StreamConfig
+
+
+def check_together(config: StreamConfig) -> None:
+    """Check that the parts of a stream go together.
+
+    Raises:
+        ValueError: naming the first two that do not.
+    """
+    _check_training(config)
+    _check_replay(config)
+    _check_tests(config)
+    _check_tokens(config)
+
+
+def _check_training(config: StreamConfig) -> None:
+    method, train = config.method, config.train
+    single = method.needs.task_logits or method.needs.addition or method.needs.reference
+    if train.pack_tokens is not None and single:
+        raise ValueError(
+            f"train.pack_tokens is {train.pack_tokens} and method {method.name} has targets or "
+            "an addition for single rows; null is needed"
+        )
+    if method.needs.penalty and train.strategy == "deepspeed":
+        raise ValueError(
+            f"train.strategy is deepspeed, which keeps gradients to itself, and method "
+            f"{method.name} adds to them; choose fsdp or ddp"
+        )
+    if isinstance(method, RecAdam) and method.pull_weight * train.learning_rate > 1:
+        raise ValueError(
+            f"train.learning_rate is {train.learning_rate:g} and method.pull_weight "
+            f"{method.pull_weight:g}; their product is the share of the way back that a step goes, "
+            "at most 1: lower one of them"
+        )
+    if method.needs.adapters and train.lora is None:
+        raise ValueError(
+            f"train.lora is null and method {method.name} is about adapters; set train.lora.rank"
+        )
+    if train.lora is not None and (method.needs.fisher or method.needs.addition):
+        raise ValueError(
+            f"train.lora is set and method {method.name} is not about adapters, under which the "
+            "weights stay frozen; set train.lora to null"
+        )
+    if config.general.asked and method.needs.addition:
+        raise ValueError(
+            f"general.tasks is set and method {method.name} trains an addition to a frozen model, which "
+            "lm-eval does not know how to use; leave general.tasks empty"
+        )
+
+
+def _check_replay(config: StreamConfig) -> None:
+    method, replay = config.method, config.replay
+    if replay.review is not None and (not method.needs.replay or method.needs.teacher):
+        found = "has targets for what it replays" if method.needs.teacher else "replays nothing"
+        raise ValueError(
+            f"replay.review is set and method {method.name} {found}; replay and opr go with it: "
+            "choose one, or leave replay.review out"
+        )
+    if method.needs.weights and (replay.borrowed is not None or replay.answers != "gold"):
+        name = "borrowed" if replay.borrowed is not None else "answers"
+        raise ValueError(
+            f"replay.{name} is set and method {method.name} replays the prompts of kept rows alone, "
+            f"without answers; leave replay.{name} out"
+        )
+    if replay.generator is None:
+        return
+    if not (method.needs.replay and method.replay_sees == "prompts"):
+        raise ValueError(
+            f"replay.generator is set, which writes prompts without answers, and method {method.name} "
+            "does not replay prompts alone; set replay.generator to null, or use method sapt"
+        )
+    if replay.sampling != "random":
+        raise ValueError(
+            f"replay.sampling is {replay.sampling} and replay.generator is set, so no row is kept that "
+            "could be chosen; leave replay.sampling out"
+        )
+
+
+def _check_tests(config: StreamConfig) -> None:
+    documents = [t.name for t in config.tasks if config.options(t).columns.text is not None]
+    untested = [task.name for task in config.tasks if task.test is None]
+    missing = sorted(set(untested) - set(documents))
+    if missing:
+        raise ValueError(
+            f"task {missing[0]} has no test; one is needed for rows that are asked: set tasks.N.test"
+        )
+    if untested and len(untested) < len(config.tasks):
+        raise ValueError(
+            f"task {untested[0]} has no test and other tasks have one; with some of them the final "
+            "scores would leave out what that task did: give each a test, or none"
+        )
+    if documents and config.evaluate.split == "validation":
+        raise ValueError(
+            f"evaluate.split is validation and task {documents[0]} learns documents, which ask "
+            "nothing; choose test"
+        )
+
+
+def _check_tokens(config: StreamConfig) -> None:
+    method, weights, replay = config.method, config.token_weights, config.replay
+    for name, wanted in (("probes", config.probes), ("token_weights", weights)):
+        if wanted and method.needs.addition:
+            raise ValueError(
+                f"{name} is set and method {method.name} trains an addition to a frozen model; "
+                f"leave {name} out"
+            )
+    if weights is None:
+        return
+    if method.needs.reference:
+        raise ValueError(
+            f"token_weights is set and method {method.name} says itself which tokens count; "
+            "leave token_weights out"
+        )
+    if replay.borrowed is not None or replay.answers != "gold" or method.needs.on_policy:
+        raise ValueError(
+            "token_weights is set and replay makes answers of its own, whose tokens nobody has "
+            "weighed; leave replay.borrowed and replay.answers out, and choose another method than opr"
+        )
+    for task in config.tasks if weights.by == "focus" else ():
+        if config.options(task).columns.focus is None:
+            raise ValueError(
+                f"token_weights.by is focus and task {task.name} has no columns.focus; set it"
+            )
