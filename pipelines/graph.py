@@ -14,13 +14,15 @@ from pipelines import graph_documents as documents
 from pipelines.config import StreamConfig
 from pipelines.data_config import TaskConfig
 from pipelines.labels import ALL_TASKS, BASE, REVIEW, before, borrowed, foretold, retaught
-from pipelines.section import identity
 from pipelines.stage import Stage
 from pipelines.stage_kinds import stage_of
 from pipelines.stage_settings import (
+    borrowing,
     decoding,
     everything,
+    generating,
     precision,
+    reading,
     replay_targets,
     targets,
     training,
@@ -149,15 +151,11 @@ class _Builder:
         return found | scored
 
     def _ingest(self, task: TaskConfig) -> None:
-        facts, options = self._facts.tasks[task.name], self._config.options(task)
-        settings: dict[str, Any] = identity(options) | {"template": facts.template}
-        del settings["metric"]
-        if options.columns.text is None:  # as if there were no documents
-            del settings["columns"]["text"], settings["columns"]["focus"]
+        facts = self._facts.tasks[task.name]
         sources = {"train": facts.train.digest, "tokenizer": self._facts.tokenizer_digest}
         if facts.test is not None:
             sources["test"] = facts.test.digest
-        self._add("ingest", task.name, settings, {}, sources)
+        self._add("ingest", task.name, reading(self._config, task, facts.template), {}, sources)
 
     @property
     def _on_policy(self) -> bool:
@@ -177,16 +175,7 @@ class _Builder:
 
     def _generate(self, task: TaskConfig) -> None:
         """Let a generator write prompts like a task's, in place of kept rows."""
-        replay, options = self._config.replay, self._config.options(task)
-        assert replay.generator is not None
-        settings = {
-            **identity(replay.generator),
-            "ratio": replay.ratio,
-            "rows": replay.rows,
-            "template": self._facts.tasks[task.name].template,
-            "prompt_length": options.max_length - options.max_answer_length,
-            **precision(self._config),
-        }
+        settings = generating(self._config, task, self._facts.tasks[task.name].template)
         inputs = {"data": self._latest["ingest", task.name]}
         sources = {"model": self._facts.model_digest}
         self._add("generate", task.name, settings, inputs, sources)
@@ -211,17 +200,7 @@ class _Builder:
 
     def _borrow(self, task: TaskConfig, earlier: list[str]) -> None:
         """Let the newest model answer earlier tasks' questions about the new inputs; and teach."""
-        options = {other.name: self._config.options(other) for other in self._config.tasks}
-        fields = {"max_length", "max_answer_length", "truncate"}
-        settings = {
-            "tasks": {
-                name: options[name].model_dump(mode="json", include=fields)
-                | {"template": self._facts.tasks[name].template}
-                for name in earlier
-            },
-            "rows": self._config.replay.borrowed,
-            **precision(self._config),
-        }
+        settings = borrowing(self._config, {n: self._facts.tasks[n].template for n in earlier})
         inputs = {f"replay.{name}": self._latest["sample", name] for name in earlier}
         inputs["data"] = self._latest["ingest", task.name]
         self._add("borrow", task.name, settings, inputs | self._model("model", earlier))

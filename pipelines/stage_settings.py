@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.config import StreamConfig
+from pipelines.data_config import TaskConfig
 from pipelines.section import identity
 from seekr.methods.sapt import SAPT
 from seekr.methods.seekr import SEEKR
@@ -29,6 +30,41 @@ def training(config: StreamConfig, epochs: int, *, earlier: bool) -> dict[str, A
         settings["addition"] = _ADDITION
     replayed = needs.replay and earlier
     return settings | ({"batch_ratio": config.replay.batch_ratio} if replayed else {})
+
+
+def reading(config: StreamConfig, task: TaskConfig, template: str) -> dict[str, Any]:
+    """Return how a task's rows are read and tokenised; where there are no documents, nothing of them."""
+    options = config.options(task)
+    settings: dict[str, Any] = identity(options) | {"template": template}
+    del settings["metric"]
+    if options.columns.text is None:
+        del settings["columns"]["text"], settings["columns"]["focus"]
+    return settings
+
+
+def generating(config: StreamConfig, task: TaskConfig, template: str) -> dict[str, Any]:
+    """Return how prompts like a task's are written by a generator."""
+    replay, options = config.replay, config.options(task)
+    assert replay.generator is not None
+    return {
+        **identity(replay.generator),
+        "ratio": replay.ratio,
+        "rows": replay.rows,
+        "template": template,
+        "prompt_length": options.max_length - options.max_answer_length,
+        **precision(config),
+    }
+
+
+def borrowing(config: StreamConfig, templates: Mapping[str, str]) -> dict[str, Any]:
+    """Return how earlier tasks' questions are put around new inputs; templates of these by name."""
+    options = {task.name: config.options(task) for task in config.tasks}
+    fields = {"max_length", "max_answer_length", "truncate"}
+    tasks = {
+        name: options[name].model_dump(mode="json", include=fields) | {"template": template}
+        for name, template in templates.items()
+    }
+    return {"tasks": tasks, "rows": config.replay.borrowed, **precision(config)}
 
 
 def everything(config: StreamConfig) -> dict[str, Any]:
