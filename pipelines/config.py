@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pipelines.data_config import DataConfig, Name, ProbeConfig, TaskConfig, TaskOptions
+from pipelines.document_rules import check_documents
 from pipelines.labels import ALL_TASKS, BASE, REVIEW
 from pipelines.pool_config import EvaluateConfig, GeneralConfig, PoolConfig, TeachConfig
 from pipelines.section import Section, execution
@@ -275,49 +276,19 @@ class StreamConfig(Section):
 
     @model_validator(mode="after")
     def _documents_go_with_the_rest(self) -> StreamConfig:
-        documents = [t.name for t in self.tasks if self.options(t).columns.text is not None]
-        untested = [task.name for task in self.tasks if task.test is None]
-        missing = sorted(set(untested) - set(documents))
-        if missing:
-            raise ValueError(
-                f"task {missing[0]} has no test; one is needed for rows that are asked: set tasks.N.test"
-            )
-        if untested and len(untested) < len(self.tasks):
-            raise ValueError(
-                f"task {untested[0]} has no test and other tasks have one; with some of them the final "
-                "scores would leave out what that task did: give each a test, or none"
-            )
-        if documents and self.evaluate.split == "validation":
-            raise ValueError(
-                f"evaluate.split is validation and task {documents[0]} learns documents, which ask "
-                "nothing; choose test"
-            )
-        method = self.method
-        if self.token_weights is not None and method.needs.reference:
-            raise ValueError(
-                f"token_weights is set and method {method.name} says itself which tokens count; "
-                "leave token_weights out"
-            )
-        if self.token_weights is not None and (
-            self.replay.borrowed is not None or self.replay.answers != "gold"
-        ):
-            raise ValueError(
-                "token_weights is set and replay makes answers of its own, whose tokens nobody has "
-                "weighed; leave replay.borrowed and replay.answers out"
-            )
-        for name, wanted in (("probes", self.probes), ("token_weights", self.token_weights)):
-            if wanted and method.needs.addition:
-                raise ValueError(
-                    f"{name} is set and method {method.name} trains an addition to a frozen model; "
-                    f"leave {name} out"
-                )
-        if self.token_weights is not None and self.token_weights.by == "focus":
-            for task in self.tasks:
-                if self.options(task).columns.focus is None:
-                    raise ValueError(
-                        f"token_weights.by is focus and task {task.name} has no columns.focus; set it"
-                    )
+        check_documents(self)
         return self
+
+    @property
+    def own_answers(self) -> str | None:
+        """What lets the model answer replayed prompts itself; None where gold answers are replayed."""
+        if not self.method.needs.replay:
+            return None
+        if self.method.needs.on_policy:
+            return f"method {self.method.name}"
+        if self.replay.answers != "gold":
+            return "replay.answers"
+        return None if self.replay.borrowed is None else "replay.borrowed"
 
     @property
     def required_cpus(self) -> float:
