@@ -85,7 +85,7 @@ def test_documents_are_ingested_by_their_columns_and_nothing_is_evaluated(path: 
 def test_documents_that_are_also_asked_about_are_evaluated(path: Path) -> None:
     test = [f"tasks.{i}.test={path.parent}/data/new.jsonl" for i in (0, 1)]
     columns = "data.columns={text: evidence, input: task_descriptive, output: object}"
-    found = graph(path, *test, columns)
+    found = graph(path, *test, columns, "data.max_answer_length=8")
     assert f"evaluate/{SECOND}" in found
     assert found[f"ingest/{FIRST}"].sources.keys() == {"train", "test", "tokenizer"}
 

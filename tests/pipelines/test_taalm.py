@@ -7,14 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import ray.data
 import torch
 
 from pipelines.artifact import Artifact
+from pipelines.ingest import QUARANTINE
 from pipelines.meta import HISTORY, NETWORK
 from pipelines.probe import load_probes
 from pipelines.report import render_report
-from pipelines.rowsets import REPLAY, TRAIN, kind_folder, load_rows_table, load_table, rows_of
+from pipelines.rowsets import (
+    REPLAY,
+    TRAIN,
+    kind_folder,
+    load_rows_table,
+    load_table,
+    read_rows,
+    rows_of,
+    smallest,
+)
 from pipelines.stream import finished_view, open_stream, run_streams
 from pipelines.tables import knowledge_table
 from pipelines.training_rows import load_training_rows
@@ -23,9 +35,11 @@ from seekr.collation import collate
 from seekr.fact_probes import score_probes
 from seekr.models import load_model, load_tokenizer
 from seekr.prompts import TokenizedRow
+from seekr.sampling import priority
 from seekr.taalm.network import TrainAttention
 from tests.pipelines.documents import ATTENTION, FIRST, ROWS, SECOND, make_documents
 from tests.pipelines.running import Find, run_to_end
+from tests.pipelines.streams import write_rows
 
 pytestmark = pytest.mark.ray
 WEIGHED = ("method={name: replay}", f"token_weights={json.dumps(ATTENTION)}")
@@ -185,8 +199,10 @@ def test_rho1_is_given_the_base_model_s_loss_of_every_token(excess: Find, path: 
         numbers = load_weights({task: excess(f"weights/{task}")})
         for row in documents(excess, task):
             ids = torch.from_numpy(row.input_ids.astype(np.int64))[None]
-            log_p_TV = model(input_ids=ids, use_cache=False).logits[0].log_softmax(dim=-1)
-            expected = [0.0] + [float(-log_p_TV[i - 1, ids[0, i]]) for i in range(1, len(ids[0]))]
+            with torch.no_grad():
+                logits_TV = model(input_ids=ids, use_cache=False).logits[0]
+            log_p_TV = logits_TV.log_softmax(dim=-1)
+            expected = [0.0, *(-log_p_TV[:-1].gather(1, ids[0, 1:, None])[:, 0]).tolist()]
             np.testing.assert_allclose(
                 numbers[f"{task}/{row.row_id}"], expected, rtol=1e-4, atol=1e-5
             )
@@ -199,3 +215,37 @@ def test_streams_share_what_does_not_depend_on_weights(weighed: Find, focused: F
     for name in ("ingest/one", "ingest/two", "probe/new", "probe/old"):
         assert weighed(name).record.fingerprint == focused(name).record.fingerprint
     assert load_table(weighed("ingest/one"), kind_folder(TRAIN)).num_rows == ROWS
+
+
+def test_the_rows_with_the_smallest_hash_are_all_there_are_or_none(excess: Find) -> None:
+    rows = read_rows(excess(f"ingest/{FIRST}"), kind_folder(TRAIN))
+    ids = [row.row_id for row in documents(excess, FIRST)]
+    assert sorted(smallest(rows, None, 2 * ROWS, seed=3).to_pylist()) == sorted(ids)
+    wanted = sorted(ids, key=lambda row_id: (priority(3, row_id), row_id))
+    assert sorted(smallest(rows, None, 2, seed=3).to_pylist()) == sorted(wanted[:2])
+    kinds = pa.table({"row_id": ids, "kind": ["train"] * ROWS})
+    none = smallest(ray.data.from_arrow(kinds), "test", 4, seed=0)
+    assert none.to_pylist() == [] and none.type == pa.string()
+
+
+def test_documents_without_focus_left_and_bad_ones_are_ingested_beside_others(
+    path: Path, tmp_path: Path
+) -> None:
+    """One file begins with a bad row, another has its focus behind the cut."""
+    lines = (path.parent / f"data/{FIRST}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    bad = rows[0] | {"object": "nowhere to be found"}
+    late = rows[1] | {"evidence": " ".join(["the"] * 60) + f" {rows[1]['object']}"}
+    parts = {"a": [bad, *rows[2:]], "b": [late]}
+    for name, some in parts.items():
+        write_rows(tmp_path / "rows" / f"{name}.jsonl", some)
+    find = run_to_end(
+        path, *FOCUSED, "probes=[]", "data.max_bad_share=0.5", "train.epochs=1",
+        f"tasks=[{{name: one, train: {tmp_path}/rows}}]",
+    )  # fmt: skip
+    stats = find("weights/one").record.stats
+    numbers = load_weights({FIRST: find("weights/one")})
+    assert len(numbers) == ROWS - 1 and stats["rows_without"] == 1
+    assert sorted(bool(own.any()) for own in numbers.values()) == [False] + [True] * (ROWS - 2)
+    (told,) = find("ingest/one").read_json(QUARANTINE)
+    assert told["line"] == 1 and "is not in the document" in told["reason"]

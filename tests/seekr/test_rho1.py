@@ -71,7 +71,7 @@ def test_each_row_counts_with_the_mean_of_its_kept_tokens_times_its_length(
         kept |= {(index, start + i - 1) for i in places}
     term = terms["task"]
     assert terms.keys() == {"task"} and term.per == "task_tokens" and term.weight == 1.0
-    assert float(term.total) == pytest.approx(wanted, rel=1e-6)  # weights are float32
+    assert float(term.total.detach()) == pytest.approx(wanted, rel=1e-6)  # weights are float32
     term.total.backward()
     assert logits_BTV.grad is not None
     reached = {(int(b), int(t)) for b, t in logits_BTV.grad.abs().sum(dim=-1).nonzero()}
