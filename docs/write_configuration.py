@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipelines import config, train_config
+from pipelines import config, data_config, token_weights_config, train_config
 from seekr.methods import METHODS
 
 TARGET = Path(__file__).with_name("configuration.md")
@@ -26,10 +26,14 @@ TARGET = Path(__file__).with_name("configuration.md")
 SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("stream", config.StreamConfig),
     ("model", config.ModelConfig),
-    ("data", config.DataConfig),
-    ("data.columns", config.Columns),
-    ("tasks[]", config.TaskConfig),
+    ("data", data_config.DataConfig),
+    ("data.columns", data_config.Columns),
+    ("tasks[]", data_config.TaskConfig),
+    ("probes[]", data_config.ProbeConfig),
     *((f"method: {{name: {name}}}", model) for name, model in METHODS.items()),
+    ("token_weights", token_weights_config.TokenWeightsConfig),
+    ("token_weights.meta", token_weights_config.MetaConfig),
+    ("token_weights.meta.columns", token_weights_config.PairColumns),
     ("replay", config.ReplayConfig),
     ("replay.generator", train_config.GeneratorConfig),
     ("train", config.TrainConfig),
@@ -169,6 +173,8 @@ def _shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "`[]`" if not value else f"`{list(value)}`"
     return f"`{_number(value) if isinstance(value, float) else value}`"
 
 

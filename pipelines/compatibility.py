@@ -1,4 +1,6 @@
-"""What of a stream's parts does not go together: a method and how it is trained, replay, documents.
+"""What of a stream's parts does not go together: a method and how it is trained, and replay.
+
+What documents ask for is in `document_rules`.
 
 Each part is right by itself; here they are looked at side by side. A combination that could not be given
 as asked is refused, with what to change.
@@ -22,8 +24,6 @@ def check_together(config: StreamConfig) -> None:
     """
     _check_training(config)
     _check_replay(config)
-    _check_tests(config)
-    _check_tokens(config)
 
 
 def _check_training(config: StreamConfig) -> None:
@@ -87,50 +87,3 @@ def _check_replay(config: StreamConfig) -> None:
             f"replay.sampling is {replay.sampling} and replay.generator is set, so no row is kept that "
             "could be chosen; leave replay.sampling out"
         )
-
-
-def _check_tests(config: StreamConfig) -> None:
-    documents = [t.name for t in config.tasks if config.options(t).columns.text is not None]
-    untested = [task.name for task in config.tasks if task.test is None]
-    missing = sorted(set(untested) - set(documents))
-    if missing:
-        raise ValueError(
-            f"task {missing[0]} has no test; one is needed for rows that are asked: set tasks.N.test"
-        )
-    if untested and len(untested) < len(config.tasks):
-        raise ValueError(
-            f"task {untested[0]} has no test and other tasks have one; with some of them the final "
-            "scores would leave out what that task did: give each a test, or none"
-        )
-    if documents and config.evaluate.split == "validation":
-        raise ValueError(
-            f"evaluate.split is validation and task {documents[0]} learns documents, which ask "
-            "nothing; choose test"
-        )
-
-
-def _check_tokens(config: StreamConfig) -> None:
-    method, weights, replay = config.method, config.token_weights, config.replay
-    for name, wanted in (("probes", config.probes), ("token_weights", weights)):
-        if wanted and method.needs.addition:
-            raise ValueError(
-                f"{name} is set and method {method.name} trains an addition to a frozen model; "
-                f"leave {name} out"
-            )
-    if weights is None:
-        return
-    if method.needs.reference:
-        raise ValueError(
-            f"token_weights is set and method {method.name} says itself which tokens count; "
-            "leave token_weights out"
-        )
-    if replay.borrowed is not None or replay.answers != "gold" or method.needs.on_policy:
-        raise ValueError(
-            "token_weights is set and replay makes answers of its own, whose tokens nobody has "
-            "weighed; leave replay.borrowed and replay.answers out, and choose another method than opr"
-        )
-    for task in config.tasks if weights.by == "focus" else ():
-        if config.options(task).columns.focus is None:
-            raise ValueError(
-                f"token_weights.by is focus and task {task.name} has no columns.focus; set it"
-            )

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from pipelines.compatibility import check_together
 from pipelines.data_config import DataConfig, Name, ProbeConfig, TaskConfig, TaskOptions
+from pipelines.document_rules import check_documents
 from pipelines.labels import ALL_TASKS, BASE, REVIEW
 from pipelines.pool_config import EvaluateConfig, GeneralConfig, PoolConfig, TeachConfig
 from pipelines.section import Section, execution
@@ -231,7 +232,19 @@ class StreamConfig(Section):
     @model_validator(mode="after")
     def _parts_go_together(self) -> StreamConfig:
         check_together(self)
+        check_documents(self)
         return self
+
+    @property
+    def own_answers(self) -> str | None:
+        """What lets the model answer replayed prompts itself; None where gold answers are replayed."""
+        if not self.method.needs.replay:
+            return None
+        if self.method.needs.on_policy:
+            return f"method {self.method.name}"
+        if self.replay.answers != "gold":
+            return "replay.answers"
+        return None if self.replay.borrowed is None else "replay.borrowed"
 
     @property
     def required_cpus(self) -> float:

@@ -20,6 +20,8 @@ def probe_stages(config: StreamConfig, facts: Facts) -> Iterator[Stage]:
     """Yield a stage per set of sentences that every training scores."""
     for item in config.probes:
         settings = identity(item) | {"max_length": config.data.max_length}
+        if item.rows is not None:
+            settings["seed"] = config.seed
         sources = {"data": facts.probes[item.name], "tokenizer": facts.tokenizer_digest}
         yield stage_of("probe", item.name, settings, {}, sources)
 

@@ -37,7 +37,8 @@ _MESSAGES = {
     "float_parsing": "must be a number",
 }
 _SOURCE_FIELD = re.compile(
-    r"tasks\.\d+\.(train|test)|probes\.\d+\.data|replay\.review|token_weights\.meta\.pairs"
+    r"tasks\.\d+\.(train|test)|probes\.\d+\.data|replay\.review|"
+    r"token_weights\.meta\.(pairs|exclude\.\d+)"
 )
 
 

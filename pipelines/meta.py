@@ -9,8 +9,9 @@ the `weights` stage.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pipelines.store import Store
 from pipelines.survey_documents import pair_columns
 from pipelines.token_weights_config import MetaConfig
 from pipelines.workspace import CHECKPOINTS, Workspace
-from seekr.errors import ConfigError, DataError
+from seekr.errors import ConfigError, DataError, SeekrError
 from seekr.fact_probes import make_probe
 from seekr.models import load_tokenizer
 from seekr.prompts import TokenizedRow, encode_document, pad_id_of
@@ -67,10 +68,20 @@ def meta(workspace: Workspace, config: StreamConfig, label: str, report: Reporte
     with model_pool(_MetaTrainer, arguments, workspace.key, pool, config) as through:
         (found,) = ray_tables(through(rows_in_blocks(pa.table({"go": [True]}), pool)))
     history = json.loads(found["history"][0].as_py())
+    if not all(math.isfinite(value) for value in history["steps"][-1].values()):
+        raise SeekrError(_divergence(history["steps"][-1]))
     workspace.write_json(HISTORY, history)
     workspace.store.remove(workspace.path(CHECKPOINTS))
     stats = {"pairs": len(items), **odd, "steps": len(history["steps"]), **history["held_out"]}
     return StageOutcome(rows=len(items), stats=stats, seeds={"meta": config.seed})
+
+
+def _divergence(step: Mapping[str, float]) -> str:
+    return (
+        f"Train-Attention diverged at step {step['step']}: loss {step['outer_nll']}, gradient norm "
+        f"{step['grad_norm']}; both must be finite. Lower token_weights.meta.learning_rate or "
+        "inner_learning_rate, or raise inner_damping"
+    )
 
 
 def read_pairs(config: StreamConfig, settings: MetaConfig) -> tuple[list[MetaItem], dict[str, int]]:
@@ -188,11 +199,16 @@ class _MetaTrainer:
         self._steps: list[dict[str, float]] = []
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Train to the end from where an earlier attempt stopped; the table's content is nothing."""
+        """Train to the end from where an earlier attempt stopped; the table's content is nothing.
+
+        A training that diverges ends there, without a network.
+        """
         self._resume()
         training = self._training
         while training.steps_done < training.num_steps:
             self._note(training.step())
+            if not all(math.isfinite(value) for value in self._steps[-1].values()):
+                return pa.table({"history": [json.dumps({"steps": self._steps})]})
             done = training.steps_done
             if done % self._settings.checkpoint_every == 0 and done < training.num_steps:
                 self._save()

@@ -128,7 +128,7 @@ class _Progress:
 
     def left(self) -> list[str]:
         """Return what happened to stages since the halt, those that are left as they are last."""
-        later = {"train": "it goes on from its last checkpoint"}
+        later = dict.fromkeys(("train", "meta"), "it goes on from its last checkpoint")
         return self.told + [
             f"{stage} was left, {later.get(stage.name, 'it begins again')}"
             for stage in self.running.values()

@@ -82,6 +82,10 @@ class TokenWeightsConfig(Section):
                 f"network and meta.pairs are {found}; give the folder of a trained network, or pairs "
                 "to train one with"
             )
+        if self.network is not None and self.model is not None:
+            raise ValueError(
+                "network is trained already and model is what one begins as; set one of them to null"
+            )
         return self
 
     @property

@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.planted_facts.model import word_tokenizer
 from pipelines.cli import app
 from pipelines.config import StreamConfig
 from pipelines.stream import open_stream
 from seekr.methods import METHODS
 from seekr.methods.seekr import SEEKR
+from seekr.taalm.network import TrainAttention
+from tests.pipelines.documents import ATTENTION, make_documents
 from tests.pipelines.streams import make_stream
 
 ROOT = Path(__file__).parents[1]
@@ -59,12 +62,36 @@ OTHERS = {
     "stream/benchmark": "another",
     "general/tasks": ["boolq"],
     "general/folder": "{folder}/data",
+    "data.columns/text": "task_descriptive",
+    "data.columns/focus": "subject",
+    "probes[]/name": "other",
+    "probes[]/data": "{folder}/data/new.jsonl",
+    "probes[]/sentence": "task_schematic",
+    "probes[]/answer": "subject",
+    "probes[]/role": "watched",
+    "stream/token_weights": {"by": "focus"},
+    "token_weights/network": "{folder}/network",
+    "token_weights/model": "{folder}/model",
+    "token_weights.meta/pairs": "{folder}/data/meta.jsonl",
+    "token_weights.meta/exclude": ["{folder}/data/new.jsonl"],
+    "token_weights.meta/lora": {"rank": 2},
+    "token_weights.meta/inner_lora": {"rank": 2},
+    "token_weights.meta.columns/document": "masked_evidence",
+    "token_weights.meta.columns/sentence": "task_descriptive",
+    "token_weights.meta.columns/answer": "subject",
+    "replay/review": "{folder}/data/upper/train.jsonl",
 }
 # What a stream has to have before a field bears anything, by section or field; {own} is its folder.
 BASES = {
     "general": ["general.tasks=[piqa]", "general.folder={own}/data"],
     "evaluate/split": ["data.validation_rows=5"],
     "replay/borrowed": ["data.template='say {input}'"],
+    "replay/review": ["replay.review={own}/data/upper/train.jsonl"],
+    "token_weights/network": [
+        "token_weights={by: train_attention, network: '{own}/network'}",
+    ],
+    "token_weights/model": ["token_weights.model={own}/model"],
+    "token_weights.meta/exclude": ["token_weights.meta.exclude=['{own}/data/new.jsonl']"],
 }
 
 
@@ -75,13 +102,21 @@ OPTIONAL = {
     "train.workers": {"min": 1, "max": 2},
 }
 
-# Fields and sections that bear nothing on most methods, and one that they bear on.
+# Fields and sections that bear nothing on most methods, and a stream that they bear on.
 BEARING = {
     "replay/accept": "opr",
     "replay/rejected": "opr",
+    "replay/review": "replay",
     "replay/generator": "sapt",
     "replay.generator": "sapt",
-}
+    "stream/token_weights": "plain documents",
+} | dict.fromkeys(
+    (
+        *("data.columns/text", "data.columns/focus", "probes[]"),
+        *("token_weights", "token_weights.meta", "token_weights.meta.columns"),
+    ),
+    "documents",
+)
 
 
 def files_in_tree() -> Iterator[tuple[str, str]]:
@@ -108,12 +143,12 @@ def changes(heading: str, row: Any, config: StreamConfig, folder: Path) -> list[
         return [f"method={{name: {'replay' if config.method.name == 'seqft' else 'seqft'}}}"]
     if heading in OPTIONAL:
         return [f"{heading}={json.dumps(OPTIONAL[heading])}"]
-    section = {"stream": "", "tasks[]": "tasks.0."}.get(heading, f"{heading.partition(':')[0]}.")
+    section = f"{heading.partition(':')[0].replace('[]', '.0')}." if heading != "stream" else ""
     value: Any = config
     for part in f"{section}{row.name}".split("."):
         value = value[int(part)] if part.isdigit() else getattr(value, part)
     other = OTHERS.get(f"{heading}/{row.name}", another(value, row.allowed))
-    text = other.replace("{folder}", str(folder)) if isinstance(other, str) else json.dumps(other)
+    text = (other if isinstance(other, str) else json.dumps(other)).replace("{folder}", str(folder))
     override = f"{section}{row.name}={text}"
     return ["replay.ratio=null", override] if override.startswith("replay.rows") else [override]
 
@@ -133,8 +168,8 @@ def another(value: Any, allowed: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def streams(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], Path]:
-    """One stream per method, and a copy of their model and data in another folder."""
+def streams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """One stream per method and two about documents, each with the folder of a copy of its data."""
     folder = tmp_path_factory.mktemp("streams")
     small = {
         "seekr": {"layer_budget": 1, "head_budget": 2, "query_budget": 8},
@@ -151,7 +186,16 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], 
         )
         for name in METHODS
     }
-    return found, make_stream(folder / "copy").parent
+    copy = make_stream(folder / "copy").parent
+    pairs = {name: (path, copy) for name, path in found.items()}
+    for name, changes in (("documents", {"token_weights": ATTENTION}), ("plain documents", {})):
+        paths = make_documents(folder / name, **changes), make_documents(folder / f"{name} copy")
+        for path in paths:
+            network = TrainAttention.start(path.parent / "model")
+            network.save(path.parent / "network")
+            word_tokenizer().save_pretrained(path.parent / "network")
+        pairs[name] = paths[0], paths[1].parent
+    return pairs
 
 
 def test_the_configuration_page_is_up_to_date() -> None:
@@ -174,12 +218,11 @@ def test_the_configuration_page_has_a_table_for_every_section() -> None:
 
 @pytest.mark.parametrize(("heading", "row"), FIELDS)
 def test_a_field_bears_what_the_page_says(
-    heading: str, row: Any, streams: tuple[dict[str, Path], Path]
+    heading: str, row: Any, streams: dict[str, tuple[Path, Path]]
 ) -> None:
-    by_method, folder = streams
-    method = heading.partition("{name: ")[2].rstrip("}")
-    method = method or BEARING.get(f"{heading}/{row.name}", BEARING.get(heading, "seekr"))
-    path = by_method[method]
+    name = heading.partition("{name: ")[2].rstrip("}")
+    name = name or BEARING.get(f"{heading}/{row.name}", BEARING.get(heading, "seekr"))
+    path, folder = streams[name]
     basis = BASES.get(heading, BASES.get(f"{heading}/{row.name}", []))
     basis = [text.replace("{own}", str(path.parent)) for text in basis]
     before = open_stream(path, basis)

@@ -16,6 +16,9 @@ from seekr.losses import AnswerNLL
 from seekr.methods.contract import Method, Needs, Outputs, Term, Terms
 from seekr.token_weights import relative_weights_of
 
+# Above any loss, and finite after a reference's is taken from it.
+_MOST = 1e30
+
 
 class RHO1(Method):
     """L = mean over the kept tokens of a row, rows weighed by their length."""
@@ -32,7 +35,8 @@ class RHO1(Method):
         plain = AnswerNLL(batch.labels_BT)
         where = plain.row_A, plain.position_A + 1
         nll_BT = batch.reference_nll_BT.new_zeros(batch.labels_BT.shape)
-        nll_BT[where] = outputs.answers.values(plain).to(nll_BT)
+        # A loss that is no number goes first, so that the training sees that it has diverged.
+        nll_BT[where] = outputs.answers.values(plain).to(nll_BT).nan_to_num(nan=_MOST, posinf=_MOST)
         labels_BT = nll_BT.new_zeros(nll_BT.shape).bool()
         labels_BT[where] = True
         kept_BT = excess_loss_mask(nll_BT, batch.reference_nll_BT, labels_BT, self.share)

@@ -70,6 +70,18 @@ def test_trace_has_the_papers_epochs_and_metrics(tmp_path: Path, model: Path) ->
     assert metrics["MeetingBank"] == "rouge_l" and metrics["FOMC"] == "accuracy"
 
 
+def test_one_number_of_epochs_for_a_whole_order_is_one_field(tmp_path: Path, model: Path) -> None:
+    data = publish(tmp_path / "data", "superni-sapt", "1")
+    found = benchmark_stream("superni-sapt", "1", data, model, "replay")
+    assert isinstance(known_benchmarks()["superni-sapt"]["orders"]["1"]["epochs"], int)
+    assert found["train"]["epochs"] == known_benchmarks()["superni-sapt"]["orders"]["1"]["epochs"]
+    assert not any("epochs" in task for task in found["tasks"])
+    path = tmp_path / "stream.yaml"
+    path.write_text(stream_text("superni-sapt", found))
+    fewer = load_config(path, ["train.epochs=3"])
+    assert fewer.train.epochs == 3 and {task.epochs for task in fewer.tasks} == {None}
+
+
 def test_seekrs_budgets_fit_the_model(tmp_path: Path, model: Path) -> None:
     data = publish(tmp_path / "data", "superni-sapt", "1")
     method = benchmark_stream("superni-sapt", "1", data, model, "seekr")["method"]

@@ -20,8 +20,10 @@ from pipelines.config import (
     TrackingConfig,
     TrainConfig,
 )
+from pipelines.data_config import ProbeConfig
 from pipelines.load import load_config
 from pipelines.section import Section, identity
+from pipelines.token_weights_config import MetaConfig, TokenWeightsConfig
 from seekr.errors import ConfigError
 from seekr.methods import METHODS, Method
 from tests.pipelines.streams import make_stream, stream_values, write_yaml
@@ -220,6 +222,22 @@ def test_a_method_that_compares_whole_logits_needs_them_kept(tmp_path: Path) -> 
     with pytest.raises(ConfigError) as raised:
         load_config(path, ["train.epochs=two", "teach.batch_size=0"])
     assert "train.epochs" in str(raised.value) and "teach.batch_size" in str(raised.value)
+
+
+def test_identity_of_probes_and_of_a_meta_training_is_what_changes_their_result() -> None:
+    probe = ProbeConfig(name="facts", data="facts.jsonl", role="to_learn")
+    assert identity(probe) == {
+        "name": "facts",
+        "sentence": "sentence",
+        "answer": "answer",
+        "statements": False,
+        "rows": None,
+    }
+    assert identity(MetaConfig(pairs="pairs.jsonl")).keys() == MetaConfig.model_fields.keys() - {
+        *("pairs", "exclude", "checkpoint_every", "cpus", "gpus")
+    }
+    by_focus = TokenWeightsConfig(by="focus")
+    assert identity(by_focus).keys() == {"by", "meta"} and not by_focus.trains_network
 
 
 def test_identity_of_teaching_is_what_a_target_holds() -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from seekr.addition import is_added
 from seekr.methods import METHODS, Method
 from seekr.methods.penalty import Past
+from seekr.prompts import TokenizedRow
+from seekr.token_weights import relative_weights
 from seekr.training.build import Origin
 from seekr.training.checkpoint import load_checkpoint, take_snapshot, writer_of
 from seekr.training.loop import Training, Workers
@@ -37,13 +39,19 @@ from tests.seekr.training.problem import (
 )
 from tests.seekr.training.worlds import run_world
 
-STREAMED = sorted(name for name, method in METHODS.items() if not method.needs.all_tasks)
+# Replay of rows whose tokens count differently.
+WEIGHTED = "weighted"
+STREAMED = [
+    *sorted(name for name, method in METHODS.items() if not method.needs.all_tasks),
+    WEIGHTED,
+]
 STEPS = 8
 
 
 def method_named(name: str) -> Method:
     # Task and pull both count in the few steps that are taken.
     own = {"pull_weight": 100.0, "midpoint": 4} if name == "recadam" else {}
+    name = "replay" if name == WEIGHTED else name
     return METHOD if name == "seekr" else METHODS[name].model_validate({"name": name, **own})
 
 
@@ -63,6 +71,16 @@ def past_of(method: Method) -> Past:
     )
 
 
+def per_token(row: TokenizedRow, kind: str) -> TokenizedRow:
+    """Return a row with a number for each token, which follows from its id."""
+    draw = np.random.default_rng(zlib.crc32(row.row_id.encode()))
+    values = (draw.random(len(row.input_ids)) * 6).astype(np.float32)
+    values[-1] = 0.0
+    if kind == "weights":
+        values = relative_weights(values, row.prompt_length)
+    return replace(row, **{kind: values})
+
+
 def begin(
     folder: Path, name: str, strategy: Any, size: int, rank: int = 0, world_size: int = 1
 ) -> Training:
@@ -80,6 +98,13 @@ def begin(
     )
     if method.needs.weights:
         rows = replace(rows, targets=recorded_weights())
+    if method.needs.reference:
+        rows = replace(rows, task=[per_token(row, "reference_nll") for row in rows.task])
+    if name == WEIGHTED:
+        task, replay = (
+            [per_token(r, "weights") for r in some] for some in (rows.task, rows.replay)
+        )
+        rows = replace(rows, task=task, replay=replay, targets=None)
     if addition is not None:
         rows = replace(rows, task=addition.with_task("new").before(rows.task, 258))
     workers = Workers(rank=rank, world_size=world_size)
@@ -137,7 +162,7 @@ def test_training_changes_exactly_what_the_method_trains(
     found: dict[tuple[str, int], Any], name: str
 ) -> None:
     _, moved = found[name, 1]
-    needs = METHODS[name].needs
+    needs = method_named(name).needs
     for parameter, has_moved in moved.items():
         trained = not needs.addition or is_added(parameter)
         trained = trained and "seekr_block_0" not in parameter  # an earlier task's
@@ -149,7 +174,7 @@ def test_training_changes_exactly_what_the_method_trains(
 def test_the_parts_of_a_loss_that_are_logged_are_those_of_the_method(
     found: dict[tuple[str, int], Any], name: str
 ) -> None:
-    needs, steps = METHODS[name].needs, found[name, 1][0]
+    needs, steps = method_named(name).needs, found[name, 1][0]
     expected = {"task"}
     expected |= {"replay"} if needs.replay and not needs.weights else set()
     expected |= {"reflection", "selection"} if needs.weights else set()
