@@ -104,7 +104,8 @@ class MetaTraining:
             )
         trained_parameters(theta)
         self.theta, self.phi, self.settings = theta, phi, settings
-        self._items, self._pad_id, self._side = tuple(items), pad_id, side
+        self._items, self._pad_id = tuple(items), pad_id
+        self._side: Side = side
         self._plan = BatchPlan(
             row_ids=ids,
             replay_ids=(),
