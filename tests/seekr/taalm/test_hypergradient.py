@@ -107,10 +107,7 @@ def test_one_directional_derivative_gives_the_unrolled_gradient(
     unrolled = found(theta, phi, items, settings(optimizer, dummy_steps))
     forward = found(theta, phi, items, settings(optimizer, dummy_steps, "jvp"))
     assert_close(forward, unrolled, 1e-9)
-    if (optimizer, dummy_steps) != (
-        "undamped",
-        0,
-    ):  # there numbers of v differ by many powers of 10
+    if optimizer != "undamped":  # the numbers of v differ by many powers of 10 there
         central = found(theta, phi, items, settings(optimizer, dummy_steps, "central"))
         assert_close(central, unrolled, 1e-5)
 
