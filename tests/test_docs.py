@@ -144,9 +144,7 @@ def changes(heading: str, row: Any, config: StreamConfig, folder: Path) -> list[
     for part in f"{section}{row.name}".split("."):
         value = value[int(part)] if part.isdigit() else getattr(value, part)
     other = OTHERS.get(f"{heading}/{row.name}", another(value, row.allowed))
-    text = (other if isinstance(other, str) else json.dumps(other)).replace(
-        "{folder}", str(folder)
-    )
+    text = (other if isinstance(other, str) else json.dumps(other)).replace("{folder}", str(folder))
     override = f"{section}{row.name}={text}"
     return ["replay.ratio=null", override] if override.startswith("replay.rows") else [override]
 

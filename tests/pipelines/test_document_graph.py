@@ -93,7 +93,7 @@ def test_documents_that_are_also_asked_about_are_evaluated(path: Path) -> None:
 def test_probes_are_inputs_of_every_training_and_of_nothing_else(path: Path) -> None:
     found, plain = graph(path), graph(path, "probes=[]")
     assert found.keys() - plain.keys() == {"probe/new", "probe/old"}
-    for name, stage in found.items():
+    for stage in found.values():
         probes = {key for key in stage.inputs if key.startswith("probes.")}
         assert probes == ({"probes.new", "probes.old"} if stage.name == "train" else set())
     assert {n for n in plain if plain[n] == found[n]} == {f"ingest/{t}" for t in (FIRST, SECOND)}
@@ -255,7 +255,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ),
         "replay.review has no columns.focus",
     ),
-    "no network": (("token_weights={by: train_attention}",), "network and meta.pairs are both null"),
+    "no network": (
+        ("token_weights={by: train_attention}",),
+        "network and meta.pairs are both null",
+    ),
     "two networks": (
         (WEIGHED, "token_weights.network=x"),
         "network and meta.pairs are both set",
@@ -297,8 +300,16 @@ MISSING = {
         "not exist",
     ),
     "a pair's column": ("token_weights.meta.columns.answer=objekt", "did you mean 'object'?", ""),
-    "a document's column": ("data.columns.text=evidense", "did you mean 'evidence'?", "columns.text"),
-    "the focus": ("data.columns.focus=uuid", "(column 'uuid') is not in the document", "one.jsonl:1"),
+    "a document's column": (
+        "data.columns.text=evidense",
+        "did you mean 'evidence'?",
+        "columns.text",
+    ),
+    "the focus": (
+        "data.columns.focus=uuid",
+        "(column 'uuid') is not in the document",
+        "one.jsonl:1",
+    ),
     "a beginning": ("token_weights.model=nowhere", "nowhere", "exist"),
     "reviewed rows": ("replay={review: nowhere.jsonl}", "replay.review", "not exist"),
 }

@@ -136,8 +136,7 @@ def test_pairs_that_share_a_text_with_an_excluded_file_are_left_out(path: Path) 
     parts = [
         rows[0] | {"evidence": "something else entirely"},
         rows[1] | {"task_schematic": f"something else {rows[1]['object']}"},
-        rows[2]
-        | {"evidence": "something else", "task_schematic": f"else, {rows[2]['object']}"},
+        rows[2] | {"evidence": "something else", "task_schematic": f"else, {rows[2]['object']}"},
     ]
     other = path.parent / "data/other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in parts))
@@ -147,7 +146,9 @@ def test_pairs_that_share_a_text_with_an_excluded_file_are_left_out(path: Path) 
     gone = [item for item in everything if item.item_id in wanted]
     assert {item.document.references[0] for item in gone} == {r["evidence"] for r in rows[:2]}
     with pytest.raises(DataError, match="of 10 pairs 10 are excluded"):
-        read_pairs(config, own.model_copy(update={"exclude": (str(path.parent / "data/meta.jsonl"),)}))
+        read_pairs(
+            config, own.model_copy(update={"exclude": (str(path.parent / "data/meta.jsonl"),)})
+        )
     assert META["held_out"] == 2
     with pytest.raises(DataError, match="more than held_out = 10 are needed"):
         read_pairs(config, own.model_copy(update={"held_out": 10}))

@@ -101,7 +101,9 @@ def begin(
     if method.needs.reference:
         rows = replace(rows, task=[per_token(row, "reference_nll") for row in rows.task])
     if name == WEIGHTED:
-        task, replay = ([per_token(r, "weights") for r in some] for some in (rows.task, rows.replay))
+        task, replay = (
+            [per_token(r, "weights") for r in some] for some in (rows.task, rows.replay)
+        )
         rows = replace(rows, task=task, replay=replay, targets=None)
     if addition is not None:
         rows = replace(rows, task=addition.with_task("new").before(rows.task, 258))
