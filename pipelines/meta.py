@@ -9,9 +9,8 @@ the `weights` stage.
 from __future__ import annotations
 
 import json
-import math
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from pipelines.store import Store
 from pipelines.survey_documents import pair_columns
 from pipelines.token_weights_config import MetaConfig
 from pipelines.workspace import CHECKPOINTS, Workspace
-from seekr.errors import ConfigError, DataError, SeekrError
+from seekr.errors import ConfigError, DataError
 from seekr.fact_probes import make_probe
 from seekr.models import load_tokenizer
 from seekr.prompts import TokenizedRow, encode_document, pad_id_of
@@ -68,20 +67,12 @@ def meta(workspace: Workspace, config: StreamConfig, label: str, report: Reporte
     with model_pool(_MetaTrainer, arguments, workspace.key, pool, config) as through:
         (found,) = ray_tables(through(rows_in_blocks(pa.table({"go": [True]}), pool)))
     history = json.loads(found["history"][0].as_py())
-    if not all(math.isfinite(value) for value in history["steps"][-1].values()):
-        raise SeekrError(_divergence(history["steps"][-1]))
+    if "diverged" in history:
+        raise DataError(f"token_weights.meta: {history['diverged']}")
     workspace.write_json(HISTORY, history)
     workspace.store.remove(workspace.path(CHECKPOINTS))
     stats = {"pairs": len(items), **odd, "steps": len(history["steps"]), **history["held_out"]}
     return StageOutcome(rows=len(items), stats=stats, seeds={"meta": config.seed})
-
-
-def _divergence(step: Mapping[str, float]) -> str:
-    return (
-        f"Train-Attention diverged at step {step['step']}: loss {step['outer_nll']}, gradient norm "
-        f"{step['grad_norm']}; both must be finite. Lower token_weights.meta.learning_rate or "
-        "inner_learning_rate, or raise inner_damping"
-    )
 
 
 def read_pairs(config: StreamConfig, settings: MetaConfig) -> tuple[list[MetaItem], dict[str, int]]:
@@ -201,14 +192,15 @@ class _MetaTrainer:
     def __call__(self, table: pa.Table) -> pa.Table:
         """Train to the end from where an earlier attempt stopped; the table's content is nothing.
 
-        A training that diverges ends there, without a network.
+        A training that diverges ends there and leaves no network.
         """
         self._resume()
         training = self._training
         while training.steps_done < training.num_steps:
-            self._note(training.step())
-            if not all(math.isfinite(value) for value in self._steps[-1].values()):
-                return pa.table({"history": [json.dumps({"steps": self._steps})]})
+            try:
+                self._note(training.step())
+            except DataError as error:  # said by the stage: Ray would wrap it
+                return pa.table({"history": [json.dumps({"diverged": str(error)})]})
             done = training.steps_done
             if done % self._settings.checkpoint_every == 0 and done < training.num_steps:
                 self._save()

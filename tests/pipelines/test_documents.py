@@ -85,9 +85,10 @@ def test_documents_that_differ_in_text_or_focus_are_different_rows(tmp_path: Pat
     plain = read(tmp_path, TEXT, *rows)
     assert len({row.row_id for row in plain if isinstance(row, SourceRow)}) == 1
     source = str(tmp_path / "rows.jsonl")
-    cache = tmp_path / "cache"
-    counted = [inspect(source, c, cache_dir=cache).num_duplicates for c in (TEXT, FOCUSED)]
-    assert counted == [4, 1]
+    counted = [
+        inspect(source, columns, cache_dir=tmp_path / "cache") for columns in (TEXT, FOCUSED)
+    ]
+    assert [report.num_duplicates for report in counted] == [4, 1]
     tokenised = [encode_document("a b", BYTES, max_length=9, focus=f) for f in ((), ("a",), ("b",))]
     assert len({row.row_id for row in tokenised}) == 3
 

@@ -192,9 +192,7 @@ def test_what_a_row_carries_stays_beside_its_tokens(side: Any, name: str) -> Non
     for index, own in enumerate(numbers):
         fill = [0] * (width - len(own))
         assert values_BT[index].tolist() == (fill + own if side == "left" else own + fill)
-    assert getattr(packed, f"{name}_BT")[0].tolist() == [
-        number for own in numbers for number in own
-    ]
+    assert getattr(packed, f"{name}_BT")[0].tolist() == [*numbers[0], *numbers[1], *numbers[2]]
     other = "reference_nll" if name == "weights" else "weights"
     assert getattr(padded, f"{other}_BT") is None and getattr(packed, f"{other}_BT") is None
     assert getattr(padded.to("cpu"), f"{name}_BT").dtype == torch.float32
