@@ -48,7 +48,11 @@ _STEPS = "steps.json"
 
 
 def meta(workspace: Workspace, config: StreamConfig, label: str, report: Reporter) -> StageOutcome:
-    """Run the stage; writes network/ and history.json."""
+    """Run the stage; writes network/ and history.json.
+
+    Raises:
+        DataError: the pairs cannot be used, or the training diverges.
+    """
     weights = config.token_weights
     assert weights is not None
     items, odd = read_pairs(config, weights.meta)
