@@ -68,6 +68,8 @@ COMPUTE: dict[str, StageFunction] = {
     "meta": meta,
     "weights": weights,
 }
+# Stages that write checkpoints.
+_SAVED = ("train", "meta")
 _TICK_SECONDS = 0.25
 _ASK_SECONDS = 2.0
 
@@ -128,9 +130,9 @@ class _Progress:
 
     def left(self) -> list[str]:
         """Return what happened to stages since the halt, those that are left as they are last."""
-        later = dict.fromkeys(("train", "meta"), "it goes on from its last checkpoint")
+        goes_on, begins = "it goes on from its last checkpoint", "it begins again"
         return self.told + [
-            f"{stage} was left, {later.get(stage.name, 'it begins again')}"
+            f"{stage} was left, {goes_on if stage.name in _SAVED else begins}"
             for stage in self.running.values()
         ]
 
