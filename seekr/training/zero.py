@@ -234,8 +234,9 @@ def _import(device: torch.device) -> Any:
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
-    import deepspeed.comm.torch as backend
 
+    # `import ... as` would give torch itself, under which name deepspeed.comm has it.
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     if device.type == "cpu":
         # It would compile shared-memory collectives whose peers spin for ever when a worker dies.
         backend.build_shm_op = lambda: None

@@ -18,7 +18,6 @@ from seekr.models import load_model
 from seekr.training.build import Origin
 from seekr.training.loop import Training, Workers
 from seekr.training.probing import Probing
-from seekr.training.ranges import flat
 from seekr.training.settings import Execution
 from seekr.training.strategy import create_strategy
 from tests.seekr.training.problem import LORA, PAD_ID, recipe, training_rows, write_model
@@ -26,6 +25,18 @@ from tests.seekr.training.worlds import run_world
 
 DEVICE = torch.device("cpu")
 STEPS = 4
+EXECUTIONS: dict[str, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp"},
+    "zero2": {"strategy": "deepspeed", "zero_stage": 2},
+    "zero3": {"strategy": "deepspeed", "zero_stage": 3},
+}
+# Workers, strategy, dropout of adapters. DeepSpeed draws like the others: once is enough.
+CASES = [
+    *((1, "ddp", dropout) for dropout in (0.0, 0.3)),
+    *((2, name, dropout) for name in ("ddp", "fsdp") for dropout in (0.0, 0.3)),
+    *((2, name, 0.0) for name in ("zero2", "zero3")),
+]
 # One probe for two workers; more than a batch of them, of uneven length.
 SETS = {"lone": 1, "many": 7}
 
@@ -49,12 +60,12 @@ def probes() -> dict[str, list[Probe]]:
 
 
 def train(
-    folder: Path, strategy: Any, asked: bool, dropout: float, rank: int, world_size: int
+    folder: Path, strategy: str, asked: bool, dropout: float, rank: int, world_size: int
 ) -> tuple[list[float], list[dict[str, float]], dict[str, Tensor]]:
     """Train four steps; returns losses, what probes say before and after each, and the weights."""
     lora = LORA if not dropout else type(LORA)(rank=4, alpha=8.0, dropout=dropout)
     chosen = recipe(epochs=1, lora=lora if dropout else None)
-    execution = Execution(strategy=strategy, micro_batch_size=2)
+    execution = Execution(micro_batch_size=2, **EXECUTIONS[strategy])
     built = create_strategy(Origin(folder=folder), chosen, execution, DEVICE)
     workers = Workers(rank=rank, world_size=world_size)
     method = METHODS["seqft"].model_validate({"name": "seqft"})
@@ -74,7 +85,8 @@ def train(
             assert len(sharded) == (3 if strategy == "fsdp" else 0)
             held = [p for module in sharded for p in module.parameters()]
             assert all(isinstance(parameter, DTensor) for parameter in held)
-    weights = {name: flat(p).clone() for name, p in built.model.named_parameters()}
+    names = [name for name, _ in built.model.named_parameters()]
+    weights = {name: built.whole(name).clone() for name in names}
     return losses, said, weights
 
 
@@ -86,16 +98,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], Any]:
     results: dict[tuple[Any, ...], Any] = {}
-    for size, strategies in ((1, ("ddp",)), (2, ("ddp", "fsdp"))):
-        keys = [(s, asked, d) for s in strategies for asked in (True, False) for d in (0.0, 0.3)]
+    for workers in (1, 2):
+        keys = [(s, asked, d) for size, s, d in CASES if size == workers for asked in (True, False)]
         cases = {
             f"{s}/{asked}/{d}": {"folder": model, "strategy": s, "asked": asked, "dropout": d}
             for s, asked, d in keys
         }
-        of_world = run_world(size, train, cases, tmp_path_factory.mktemp("world"))
+        of_world = run_world(workers, train, cases, tmp_path_factory.mktemp("world"))
         for (s, asked, d), result in zip(keys, of_world.values(), strict=True):
             assert not isinstance(result, str), result
-            results[size, s, asked, d] = result
+            results[workers, s, asked, d] = result
     return results
 
 
@@ -111,7 +123,7 @@ def test_before_the_first_step_probes_say_what_the_model_on_disk_says(
         assert first[f"probes.{name}.nll"] == pytest.approx(nll.mean(), rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", EXECUTIONS)
 def test_two_workers_say_what_one_says(found: dict[tuple[Any, ...], Any], strategy: str) -> None:
     one, two = found[1, "ddp", True, 0.0][1], found[2, strategy, True, 0.0][1]
     assert len(one) == len(two) == STEPS + 1
@@ -124,8 +136,7 @@ def test_two_workers_say_what_one_says(found: dict[tuple[Any, ...], Any], strate
     assert one[0] != one[-1]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize(("size", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("size", "strategy", "dropout"), CASES)
 def test_a_training_that_is_asked_takes_the_same_steps_to_the_bit(
     found: dict[tuple[Any, ...], Any], size: int, strategy: str, dropout: float
 ) -> None:
