@@ -172,11 +172,11 @@ def test_gradients_reach_a_low_layer_through_earlier_blocks_above_it() -> None:
     block = made.get_parameter("model.layers.0.self_attn.v_proj.seekr_block_2_b")
     logits_of(made, batch)[:, :, :9].square().sum().backward()
     found, values = float(block.grad[1, 0]), []
-    for step in (1e-5, -2e-5):
+    for step in (1e-2, -2e-2):  # norms are in float32
         block.data[1, 0] += step
         with torch.no_grad():
             values.append(float(logits_of(made, batch)[:, :, :9].square().sum()))
-    assert found == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+    assert found == pytest.approx((values[0] - values[1]) / 2e-2, rel=1e-2)
 
 
 def test_a_block_that_begins_adds_nothing() -> None:
