@@ -18,6 +18,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
+    ray.shutdown()  # whatever a test before has left
     context = ray.init(address="local", num_cpus=1, include_dashboard=True, dashboard_port=None)
     yield context.address_info["gcs_address"]
     ray.shutdown()
