@@ -43,7 +43,9 @@ def borrow(workspace: Workspace, config: StreamConfig, task: str, report: Report
     asked = _asked(workspace, model)
     report.post(force=True, rows_done=0, rows=asked.num_rows)
     arguments = {"model": model, "report": report}
-    with model_pool(_Answerer, arguments, workspace.key, config.evaluate, config) as through:
+    with model_pool(
+        "evaluate", _Answerer, arguments, workspace.key, config.evaluate, config
+    ) as through:
         rows = pa.concat_tables(ray_tables(through(rows_in_blocks(asked, config.evaluate))))
     write_table(rows, workspace, REPLAY)
     seeds = {"borrow": workspace.config["seed"]}

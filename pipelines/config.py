@@ -251,8 +251,10 @@ class StreamConfig(Section):
         """Logical CPUs that let a training run beside the actors of all pools."""
         pools = (self.score, self.teach, self.evaluate)
         training = self.train.most_workers * self.train.cpus_per_worker
-        general = self.general.cpus if self.general.asked else 0
-        return training + sum(pool.actors * pool.cpus for pool in pools) + general + _TASK_CPUS
+        others = self.general.cpus if self.general.asked else 0
+        if self.token_weights is not None and self.token_weights.trains_network:
+            others += self.token_weights.meta.cpus
+        return training + sum(pool.actors * pool.cpus for pool in pools) + others + _TASK_CPUS
 
     @property
     def virtual_tokens(self) -> int:

@@ -73,7 +73,9 @@ def evaluate(
         }
         rows = rows_in_blocks(table, config.evaluate)
         opened = f"{workspace.key}/{name}"
-        with model_pool(_Generator, arguments, opened, config.evaluate, config) as through:
+        with model_pool(
+            "evaluate", _Generator, arguments, opened, config.evaluate, config
+        ) as through:
             found = pa.concat_tables(ray_tables(through(rows)))
         found = found.sort_by([("task", "ascending"), ("row_id", "ascending")])
         predictions.append(found)

@@ -50,7 +50,7 @@ def fisher(workspace: Workspace, config: StreamConfig, task: str, report: Report
     }
     # All rows are one batch of one actor: its sums are the result.
     pool = config.score.model_copy(update={"actors": 1, "batch_size": table.num_rows})
-    with model_pool(_FisherEstimator, arguments, workspace.key, pool, config) as through:
+    with model_pool("score", _FisherEstimator, arguments, workspace.key, pool, config) as through:
         (found,) = ray_tables(through(rows_in_blocks(table, pool)))
     mean = found["mean"][0].as_py()
     return StageOutcome(

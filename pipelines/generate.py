@@ -68,7 +68,7 @@ def generate(
     }
     # One batch: a generator is trained for it and is gone with it.
     pool = config.teach.model_copy(update={"actors": 1})
-    with model_pool(Writer, arguments, workspace.key, pool, config) as through:
+    with model_pool("teach", Writer, arguments, workspace.key, pool, config) as through:
         found = ray_tables(through(ray.data.from_arrow(pa.table({"size": [size]}))))
     rows = pa.concat_tables([WRITTEN_SCHEMA.empty_table(), *found])  # Ray drops empty tables
     if rows.num_rows < size:

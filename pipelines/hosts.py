@@ -3,8 +3,9 @@
 A host opens what a stage needs (a scorer with two models, a generator with one) when its first batch
 arrives, on its own node, from the store. Ray Data's tasks carry the rows to the hosts of a pool; a host
 that dies is started again by Ray and its batch is done again. On a local cluster without GPUs hosts stay
-for the next stage of the same kind, which saves each stage the seconds that a fresh process needs to
-import torch and transformers. Elsewhere they end with the stage, so training finds the devices free.
+for the next stage of the same section of the stream, which saves each stage the seconds that a fresh
+process needs to import torch and transformers; so no more of them hold cores than the sections ask for.
+Elsewhere they end with the stage, so training finds the devices free.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import ray
@@ -30,6 +31,8 @@ _MAX_OPEN = 2
 _kept: dict[str, Any] = {}
 _keeping = threading.Lock()
 
+# Sections of a stream that say what actors get.
+Section = Literal["score", "teach", "evaluate", "meta"]
 Through = Callable[[Dataset], Dataset]
 
 
@@ -57,18 +60,24 @@ class ModelHost:
 
 @contextmanager
 def model_pool(
-    kind: type[Any], arguments: dict[str, Any], stage: str, pool: PoolConfig, config: StreamConfig
+    section: Section,
+    kind: type[Any],
+    arguments: dict[str, Any],
+    stage: str,
+    pool: PoolConfig,
+    config: StreamConfig,
 ) -> Iterator[Through]:
     """Provide a pool of hosts; yields the function that sends a dataset's batches through it.
 
     Args:
+        section: The stream's section that says how many cores and devices the hosts get.
         kind: Class of the processor: made with `arguments` and `pool`, called with Arrow tables.
         stage: The stage's key.
-        pool: How many hosts, on what, and the rows of a batch.
+        pool: How many hosts, at most the section's, on what, and the rows of a batch.
     """
     stays = config.ray.address is None and not pool.gpus
     hosts = [
-        _kept_host(kind, pool, index) if stays else _start_host(kind, pool)
+        _kept_host(section, pool, index) if stays else _start_host(section, pool)
         for index in range(pool.actors)
     ]
     processor = [ray.put((kind, arguments | {"pool": pool}))]
@@ -91,16 +100,16 @@ def forget_hosts() -> None:
     _kept.clear()
 
 
-def _kept_host(kind: type[Any], pool: PoolConfig, index: int) -> Any:
-    name = f"{kind.__name__}/{pool.cpus:g}/{index}"
+def _kept_host(section: Section, pool: PoolConfig, index: int) -> Any:
+    name = f"{section}/{pool.cpus:g}/{index}"
     with _keeping:
         if name not in _kept:
-            _kept[name] = _start_host(kind, pool)
+            _kept[name] = _start_host(section, pool)
         return _kept[name]
 
 
-def _start_host(kind: type[Any], pool: PoolConfig) -> Any:
-    titled = type(f"{kind.__name__.strip('_')}Host", (ModelHost,), {})  # shows in `ps`
+def _start_host(section: Section, pool: PoolConfig) -> Any:
+    titled = type(f"{section.title()}Host", (ModelHost,), {})  # shows in `ps`
     options: dict[str, Any] = {
         "num_cpus": pool.cpus,
         "num_gpus": pool.gpus,

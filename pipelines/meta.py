@@ -68,7 +68,7 @@ def meta(workspace: Workspace, config: StreamConfig, label: str, report: Reporte
     }
     own = weights.meta
     pool = PoolConfig(actors=1, batch_size=1, cpus=own.cpus, gpus=own.gpus)
-    with model_pool(_MetaTrainer, arguments, workspace.key, pool, config) as through:
+    with model_pool("meta", _MetaTrainer, arguments, workspace.key, pool, config) as through:
         (found,) = ray_tables(through(rows_in_blocks(pa.table({"go": [True]}), pool)))
     history = json.loads(found["history"][0].as_py())
     if "diverged" in history:

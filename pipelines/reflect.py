@@ -42,7 +42,7 @@ def record_weights(
         asked = load_rows_table(workspace.inputs["data"], kind_folder(TRAIN))
     report.post(force=True, rows_done=0, rows=asked.num_rows)
     arguments = {"model": ModelSource.of(workspace, config, "teacher"), "report": report}
-    with model_pool(_Recorder, arguments, workspace.key, config.teach, config) as through:
+    with model_pool("teach", _Recorder, arguments, workspace.key, config.teach, config) as through:
         found = pa.concat_tables(ray_tables(through(rows_in_blocks(asked, config.teach))))
     by_row = dict(zip(found["row_id"].to_pylist(), found["weights"].to_pylist(), strict=True))
     weights_NS = np.asarray([by_row[row_id] for row_id in sorted(by_row)], dtype=np.float64)

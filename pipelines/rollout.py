@@ -38,7 +38,9 @@ def rollout(
         "settings": dict(workspace.config),
         "report": report,
     }
-    with model_pool(_Roller, arguments, workspace.key, config.evaluate, config) as through:
+    with model_pool(
+        "evaluate", _Roller, arguments, workspace.key, config.evaluate, config
+    ) as through:
         found = pa.concat_tables(ray_tables(through(rows_in_blocks(table, config.evaluate))))
     accepted = int(np.count_nonzero(found["accepted"].to_numpy()))
     if workspace.config["rejected"] == "drop":

@@ -63,7 +63,7 @@ def _most_surprising(
     table = load_rows_table(workspace.inputs["data"], kind_folder(TRAIN))
     report.post(force=True, rows_done=0, rows=table.num_rows)
     arguments = {"model": ModelSource.of(workspace, config, "model"), "report": report}
-    with model_pool(_Surprised, arguments, workspace.key, config.teach, config) as through:
+    with model_pool("teach", _Surprised, arguments, workspace.key, config.teach, config) as through:
         found = pa.concat_tables(ray_tables(through(rows_in_blocks(table, config.teach))))
     by_id = dict(zip(found["row_id"].to_pylist(), found["surprise"].to_pylist(), strict=True))
     return pa.array(most_surprising(by_id, size), pa.string())

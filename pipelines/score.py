@@ -40,7 +40,7 @@ def score(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
         "settings": dict(workspace.config),
         "report": report,
     }
-    with model_pool(_Scorer, arguments, workspace.key, config.score, config) as through:
+    with model_pool("score", _Scorer, arguments, workspace.key, config.score, config) as through:
         write_rows(through(rows_in_blocks(table, config.score)), workspace, SCORES)
     return StageOutcome(rows=table.num_rows, seeds={"query_positions": workspace.config["seed"]})
 

@@ -19,7 +19,8 @@ import ray.data
 
 from pipelines.config import StreamConfig
 from pipelines.hosts import forget_hosts
-from pipelines.train_group import end_groups
+from pipelines.pool_config import ActorConfig, PoolConfig
+from pipelines.train_group import end_groups, share_cluster
 from seekr.errors import ConfigError
 
 # A stage learns its end from the desk; this is how soon a dead worker is noticed. More often costs CPU.
@@ -28,11 +29,12 @@ _QUIET_LOGGERS = ("ray.data", "ray.train", "ray.serve", "ray")
 
 
 @contextmanager
-def ray_session(configs: Sequence[StreamConfig]) -> Iterator[None]:
+def ray_session(configs: Sequence[StreamConfig], *, drivers: int = 1) -> Iterator[None]:
     """Connect to the streams' cluster, or start a local one; a session that exists is used as is.
 
     Args:
         configs: of all streams that will run in it; the first one says where it is.
+        drivers: how many processes run such streams in it side by side; a local one is made as large.
 
     Raises:
         ConfigError: the cluster can never hold what the stream asks for.
@@ -42,7 +44,8 @@ def ray_session(configs: Sequence[StreamConfig]) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     mine = not ray.is_initialized()
     if mine:
-        _connect(configs)
+        _connect(configs, drivers)
+    share_cluster(drivers)
     try:
         for config in configs:
             _check_resources(config)
@@ -50,12 +53,17 @@ def ray_session(configs: Sequence[StreamConfig]) -> Iterator[None]:
         yield
     finally:
         if mine:
-            end_groups()
-            forget_hosts()
+            _forget()
             ray.shutdown()
 
 
-def _connect(configs: Sequence[StreamConfig]) -> None:
+def _forget() -> None:
+    end_groups()
+    forget_hosts()
+
+
+def _connect(configs: Sequence[StreamConfig], drivers: int) -> None:
+    _forget()  # whatever stayed on a cluster that somebody else has ended
     config = configs[0]
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address is not None:
@@ -66,6 +74,7 @@ def _connect(configs: Sequence[StreamConfig]) -> None:
         os.cpu_count() or 1,
         *(math.ceil(other.required_cpus) for other in configs),
     )
+    cpus *= drivers
     # Not the cluster that somebody has left running on this machine. The dashboard answers Ray
     # Train's cleaner, which otherwise keeps polling after every stage.
     local: dict[str, Any] = {"address": "local", "include_dashboard": True, "dashboard_port": None}
@@ -73,22 +82,18 @@ def _connect(configs: Sequence[StreamConfig]) -> None:
 
 
 def _check_resources(config: StreamConfig) -> None:
-    total, train, needs = ray.cluster_resources(), config.train, config.method.needs
-    pools = [config.evaluate]
-    pools += [config.score] * (needs.heads or needs.fisher)
-    surprised = needs.replay and config.replay.sampling != "random"
-    pools += [config.teach] * (needs.teacher or needs.task_logits or surprised)
-    general = [config.general] * config.general.asked
+    total, train = ray.cluster_resources(), config.train
+    pools, general = _pools(config), [config.general] * config.general.asked
     wanted = {
         # A pool's actors keep their cores while a task brings them rows.
         "CPU": max(
             train.fewest_workers * train.cpus_per_worker,
-            *(pool.actors * pool.cpus + 1 for pool in pools),
+            *(actors * actor.cpus + 1 for actor, actors in pools),
             *(measured.cpus for measured in general),
         ),
         "GPU": max(
             train.fewest_workers * train.gpus_per_worker,
-            *(pool.actors * pool.gpus for pool in pools),
+            *(actors * actor.gpus for actor, actors in pools),
             *(measured.gpus for measured in general),
         ),
     }
@@ -99,6 +104,21 @@ def _check_resources(config: StreamConfig) -> None:
                 f"the stream needs {needed:g} {name}s at once and the Ray cluster has {has:g}; "
                 "lower train.workers, train.cpus_per_worker or the pools, or add nodes"
             )
+
+
+def _pools(config: StreamConfig) -> list[tuple[ActorConfig, int]]:
+    """Return what each actor of a pool that the stream uses gets, and how many there are."""
+    needs, replay, weights = config.method.needs, config.replay, config.token_weights
+    pools: list[PoolConfig] = [config.evaluate]
+    if needs.heads or needs.fisher:
+        pools.append(config.score)
+    asked = (needs.replay and replay.sampling != "random") or replay.generator is not None
+    if needs.teacher or needs.task_logits or needs.reference or asked or weights is not None:
+        pools.append(config.teach)
+    found: list[tuple[ActorConfig, int]] = [(pool, pool.actors) for pool in pools]
+    if weights is not None and weights.trains_network:
+        found.append((weights.meta, 1))
+    return found
 
 
 def _configure_data() -> None:

@@ -54,7 +54,7 @@ def teach(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
         "settings": dict(workspace.config),
         "report": report,
     }
-    with model_pool(_Teacher, arguments, workspace.key, config.teach, config) as through:
+    with model_pool("teach", _Teacher, arguments, workspace.key, config.teach, config) as through:
         write_rows(through(rows_in_blocks(table, config.teach)), workspace, TARGETS)
     return StageOutcome(
         rows=table.num_rows, stats={}, seeds={"query_positions": workspace.config["seed"]}

@@ -100,6 +100,11 @@ def end_groups() -> None:
     _groups.end()
 
 
+def share_cluster(drivers: int) -> None:
+    """Say how many processes like this one keep groups in a local cluster."""
+    _groups.drivers = drivers
+
+
 class _Group:
     """A trainer that runs in a thread of its own, and its desk."""
 
@@ -189,6 +194,7 @@ class _Groups:
     """The groups of a local cluster that stay, as many as it has room for."""
 
     def __init__(self) -> None:
+        self.drivers = 1
         self._idle: list[_Group] = []
         self._busy = 0
         self._changed = threading.Condition()
@@ -233,7 +239,8 @@ _groups = _Groups()
 
 
 def _room(shape: Shape, config: StreamConfig) -> int:
-    """Return how many groups a local cluster holds beside the actors of all pools."""
+    """Return how many groups this process's part of a local cluster holds beside all pools' actors."""
     training = shape.most * shape.cpus
-    free = ray.cluster_resources().get("CPU", 0) - (config.required_cpus - training)
+    share = ray.cluster_resources().get("CPU", 0) / _groups.drivers
+    free = share - (config.required_cpus - training)
     return max(1, int(free // training))

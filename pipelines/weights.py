@@ -58,7 +58,9 @@ def weights(
         network = _network(workspace, config) if by == "train_attention" else None
         model = ModelSource.of(workspace, config, "model")
         arguments = {"model": model, "network": network, "report": report}
-        with model_pool(_Weigher, arguments, workspace.key, config.teach, config) as through:
+        with model_pool(
+            "teach", _Weigher, arguments, workspace.key, config.teach, config
+        ) as through:
             found = pa.concat_tables(ray_tables(through(rows_in_blocks(rows, config.teach))))
     write_table(found.cast(WEIGHTS_SCHEMA), workspace, WEIGHTS)
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)

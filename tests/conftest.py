@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ torch.set_num_threads(1)
 # Local Ray clusters want a token; without one in the environment Ray would write to the home folder.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# As `seekr` itself has it: a thread that a failed test leaves behind must not start another Ray.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
@@ -28,3 +31,11 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
         del os.environ["SEEKR_CACHE_DIR"]
     else:
         os.environ["SEEKR_CACHE_DIR"] = before
+
+
+def pytest_sessionfinish() -> None:
+    """End the cluster that tests of a process share, if any of them has started it."""
+    if "tests.pipelines.running" in sys.modules:
+        from tests.pipelines.running import end_shared_cluster
+
+        end_shared_cluster()

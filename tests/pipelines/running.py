@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import ray
 from ray.util.state import list_actors
 
 from pipelines.artifact import Artifact
+from pipelines.session import ray_session
 from pipelines.stage import find
 from pipelines.stream import open_stream, run_streams
 
@@ -34,10 +36,35 @@ def workers_started() -> int:
 
 
 Find = Callable[[str], Artifact]
+# Enough for any stream of the tests.
+_SHARED_CPUS = 12
+_shared: list[ExitStack] = []
+
+
+def shared_cluster(path: Path) -> None:
+    """Let streams of this process run on one cluster: a fresh one takes half a minute of a core.
+
+    Args:
+        path: any stream; what it says of the cluster but its size holds.
+    """
+    if not _shared:
+        stack = ExitStack()
+        config = open_stream(path, [f"ray.num_cpus={_SHARED_CPUS}"]).config
+        stack.enter_context(ray_session([config]))
+        _shared.append(stack)
+
+
+def end_shared_cluster() -> None:
+    """End it, for tests that want one of their own; nothing if there is none."""
+    while _shared:
+        _shared.pop().close()
+    ray.shutdown()
 
 
 def run_to_end(path: Path, *changes: str) -> Find:
-    """Run a stream without any warning; returns a function from a stage's name to its artifact."""
+    """Run a stream without any warning, on the shared cluster; returns a function from a stage's name to
+    its artifact."""
+    shared_cluster(path)
     stream = open_stream(path, changes, writable=True)
     run_streams([stream], lambda *_: None, warn=pytest.fail)
     records = {str(stage): find(stream.store, stage) for stage in stream.stages}

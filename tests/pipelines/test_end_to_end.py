@@ -20,6 +20,7 @@ from pipelines.runner import Job, run_stages
 from pipelines.session import ray_session
 from pipelines.stage import Artifact, Stage, find
 from pipelines.stream import Stream, open_stream, records_of, run_streams, status_of
+from tests.pipelines.running import end_shared_cluster
 from tests.pipelines.streams import make_stream, task_rows, write_rows
 
 pytestmark = pytest.mark.ray
@@ -33,6 +34,7 @@ def stream_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster(stream_path: Path) -> Iterator[None]:
+    end_shared_cluster()
     config = open_stream(stream_path, ["train.workers=2"]).config
     with ray_session([config]):
         yield

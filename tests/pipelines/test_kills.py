@@ -72,7 +72,7 @@ def test_killed_training_workers_and_scoring_actors_are_replaced_with_the_same_b
     storage = stream_path.parent / "workers"
     draw = random.Random(11)
     run = Run.start(stream_path, storage)
-    wanted = {"ray::RayTrainWorker": WORKER_KILLS, "ray::ScorerHost": SCORER_KILLS}
+    wanted = {"ray::RayTrainWorker": WORKER_KILLS, "ray::ScoreHost": SCORER_KILLS}
     killed = dict.fromkeys(wanted, 0)
     while run.running() and killed != wanted:
         titles = [title for title, count in wanted.items() if killed[title] < count]
@@ -90,10 +90,10 @@ def test_killed_training_workers_and_scoring_actors_are_replaced_with_the_same_b
     assert run.wait() == 0, (storage.parent / "workers.log").read_text()[-3000:]
     assert digests(storage) == digests(undisturbed)
     assert killed["ray::RayTrainWorker"] == WORKER_KILLS
-    assert killed["ray::ScorerHost"] >= 1
+    assert killed["ray::ScoreHost"] >= 1
 
 
-@pytest.mark.parametrize("title", ["ray::ScorerHost", "ray::GeneratorHost"])
+@pytest.mark.parametrize("title", ["ray::ScoreHost", "ray::EvaluateHost"])
 def test_a_run_that_is_asked_to_end_waits_for_nothing_that_begins_again(
     stream_path: Path, undisturbed: Path, title: str
 ) -> None:

@@ -20,6 +20,7 @@ from pipelines.profiling import FOLDER, StepProfiler
 from pipelines.stage import Stage
 from pipelines.store import Store
 from pipelines.watching import progress_text
+from tests.pipelines.running import end_shared_cluster
 
 
 def stage_of(record: Any) -> Stage:
@@ -62,7 +63,7 @@ def test_steps_logged_live_are_not_logged_again_at_the_stages_end(tmp_path: Path
 def test_steps_reach_the_driver_in_order_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.live_steps._FETCH_SECONDS", 0.0)
     monkeypatch.setattr("pipelines.monitor.STEPS_INTERVAL", 0.01)
-    ray.shutdown()  # whatever a test before has left
+    end_shared_cluster()
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         monitor = start_monitor()

@@ -11,6 +11,7 @@ import ray
 from pipelines.session import ray_session
 from pipelines.stream import open_stream, records_of, run_streams
 from seekr.errors import ConfigError
+from tests.pipelines.running import end_shared_cluster
 from tests.pipelines.streams import make_stream
 
 pytestmark = pytest.mark.ray
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    ray.shutdown()  # whatever a test before has left
+    end_shared_cluster()
     context = ray.init(address="local", num_cpus=1, include_dashboard=True, dashboard_port=None)
     yield context.address_info["gcs_address"]
     ray.shutdown()
@@ -54,12 +55,13 @@ def test_a_training_of_one_or_two_workers_runs_on_one_core(stream_path: Path, ad
         ("train.gpus_per_worker=1", "needs 1 GPUs at once and the Ray cluster has 0;"),
         ("evaluate.cpus=1", "needs 2 CPUs at once"),
         ("general={tasks: [piqa], cpus: 3}", "needs 3 CPUs at once"),
+        ("teach.actors=4 & method={name: rho1}", "needs 5 CPUs at once"),
     ],
 )
 def test_what_can_never_be_placed_is_refused(
     stream_path: Path, address: str, change: str, told: str
 ) -> None:
-    config = open_stream(stream_path, [f"ray.address={address}", change]).config
+    config = open_stream(stream_path, [f"ray.address={address}", *change.split(" & ")]).config
     with (
         pytest.raises(ConfigError, match=r"lower train\.workers") as refused,
         ray_session([config]),

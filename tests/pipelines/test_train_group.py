@@ -11,7 +11,7 @@ from pipelines.session import ray_session
 from pipelines.stream import open_stream, run_streams
 from pipelines.train_config import TrainConfig
 from pipelines.train_group import Shape
-from tests.pipelines.running import workers_started
+from tests.pipelines.running import end_shared_cluster, workers_started
 from tests.pipelines.streams import make_stream
 
 pytestmark = pytest.mark.ray
@@ -24,6 +24,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(path: Path) -> Iterator[None]:
+    end_shared_cluster()
     with ray_session([open_stream(path, ["train.workers=2"]).config]):
         yield
 

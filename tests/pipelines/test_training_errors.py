@@ -22,7 +22,7 @@ from pipelines.stream import open_stream, run_streams, status_of
 from pipelines.train_config import LoraConfig, TrainConfig
 from pipelines.train_group import failure_config, process_group_backend
 from seekr.errors import SeekrError
-from tests.pipelines.running import workers_started
+from tests.pipelines.running import end_shared_cluster, workers_started
 from tests.pipelines.streams import make_model, make_stream, task_rows, write_rows
 
 ray_test = pytest.mark.ray
@@ -36,6 +36,7 @@ def stream_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(stream_path: Path) -> Iterator[None]:
+    end_shared_cluster()
     with ray_session([open_stream(stream_path, ["train.workers=2"]).config]):
         yield
 
