@@ -7,7 +7,8 @@ two methods have in common (ingest, the first task's training) has the same fing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 from pipelines import graph_documents as documents
@@ -17,13 +18,15 @@ from pipelines.labels import ALL_TASKS, BASE, REVIEW, before, borrowed, foretold
 from pipelines.stage import Stage
 from pipelines.stage_kinds import stage_of
 from pipelines.stage_settings import (
+    answering,
     borrowing,
     decoding,
     everything,
     generating,
-    precision,
+    measuring,
     reading,
     replay_targets,
+    scoring,
     targets,
     training,
 )
@@ -35,15 +38,27 @@ from seekr.methods.seekr import SEEKR
 
 def build_graph(config: StreamConfig, facts: Facts) -> tuple[Stage, ...]:
     """Return the stream's stages; each comes after all of its inputs."""
-    builder = _Builder(config, facts)
+    return tuple(chain.from_iterable(graph_by_task([config] * len(config.tasks), facts)))
+
+
+def graph_by_task(configs: Sequence[StreamConfig], facts: Facts) -> tuple[tuple[Stage, ...], ...]:
+    """Return the stages that each task makes necessary; all at once where all tasks are learnt at once.
+
+    Args:
+        configs: one per task, the same but for settings: what holds while that task is learnt.
+    """
+    builder = _Builder(configs[0], facts)
     builder.general(BASE)
     builder.outside()
-    if config.method.needs.all_tasks:
+    ends = [0]
+    if configs[0].method.needs.all_tasks:
         builder.joint()
+        ends.append(len(builder.stages))
     else:
-        for index in range(len(config.tasks)):
-            builder.task(index)
-    return tuple(builder.stages)
+        for index, config in enumerate(configs):
+            builder.task(index, config)
+            ends.append(len(builder.stages))
+    return tuple(tuple(builder.stages[begin:end]) for begin, end in pairwise(ends))
 
 
 class _Builder:
@@ -55,8 +70,9 @@ class _Builder:
         self._latest: dict[tuple[str, str], Stage] = {}
         self.stages: list[Stage] = []
 
-    def task(self, index: int) -> None:
-        """Add what learning task `index` takes."""
+    def task(self, index: int, config: StreamConfig) -> None:
+        """Add what learning task `index` takes, with the settings that hold then."""
+        self._config, self._method = config, config.method
         task, needs = self._config.tasks[index], self._method.needs
         known = [other.name for other in self._config.tasks[: index + 1]]
         self._ingest(task)
@@ -103,15 +119,10 @@ class _Builder:
 
     def general(self, learnt: str) -> None:
         """Add a measurement of general ability, if any is asked for."""
-        asked = self._config.general
-        if not asked.asked:
+        if not self._config.general.asked:
             return
-        fields = {"tasks", "num_fewshot", "limit", "max_length"}
-        settings = asked.model_dump(mode="json", include=fields) | precision(self._config)
-        settings["harness"] = self._facts.harness
-        sources = (
-            {} if self._facts.definitions is None else {"definitions": self._facts.definitions}
-        )
+        settings, own = measuring(self._config, self._facts.harness), self._facts.definitions
+        sources = {} if own is None else {"definitions": own}
         if learnt == BASE:
             sources["model"] = self._facts.model_digest
         inputs = {} if learnt == BASE else {"model": self._latest["train", learnt]}
@@ -182,15 +193,9 @@ class _Builder:
 
     def _roll_out(self, known: list[str]) -> None:
         """Let the newest model answer the kept prompts of all tasks, for the next task's replay."""
-        replay, newest = self._config.replay, known[-1]
-        tasks = decoding(self._config, known)["tasks"]
+        newest = known[-1]
         for name in known:
-            settings = {
-                **tasks[name],
-                "accept": replay.accept,
-                "rejected": replay.rejected,
-                "dtype": self._config.model.dtype,
-            }
+            settings = answering(self._config, name)
             inputs = {
                 "model": self._latest["train", newest],
                 "replay": self._latest["sample", name],
@@ -263,13 +268,7 @@ class _Builder:
 
     def _score(self, task: TaskConfig, earlier: list[str]) -> None:
         assert isinstance(self._method, SEEKR)
-        shape = self._facts.shape
-        settings = {
-            "query_budget": self._method.query_budget,
-            "num_layers": shape.num_layers,
-            "num_heads": shape.num_heads,
-            **precision(self._config),
-        }
+        settings = scoring(self._config, self._method, self._facts.shape)
         inputs = {
             "after": self._latest["train", task.name],
             "replay": self._latest["sample", task.name],

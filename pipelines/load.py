@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -20,7 +20,7 @@ from pipelines.config import StreamConfig
 from seekr.errors import ConfigError
 from seekr.methods import METHODS
 
-_PATH_FIELDS = (
+PATH_FIELDS = (
     *("model.path", "data_root", "general.folder"),
     *("token_weights.network", "token_weights.model"),
 )
@@ -42,12 +42,15 @@ _SOURCE_FIELD = re.compile(
 )
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> StreamConfig:
+def load_config(
+    path: Path, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
+) -> StreamConfig:
     """Read and validate a stream.
 
     Args:
         path: The YAML file.
         overrides: `field.name=value` with a YAML value; list items by index (`tasks.0.epochs=3`).
+        settings: More of them as values, laid over these.
 
     Raises:
         ConfigError: naming every field that is wrong.
@@ -56,6 +59,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> StreamConfig:
     _resolve(values, path.parent.absolute())
     for override in overrides:
         _apply(values, override)
+    for dotted, value in (settings or {}).items():
+        _put(values, dotted, value, f"{dotted}={_short(value)}")
     config = _validate(values, path)
     root = config.data_root or path.parent.absolute()
     return _placed(config, root)
@@ -129,7 +134,7 @@ def _place(error: Exception) -> str:
 
 
 def _resolve(values: dict[str, Any], folder: Path) -> None:
-    for dotted in _PATH_FIELDS:
+    for dotted in PATH_FIELDS:
         section, _, leaf = dotted.rpartition(".")
         holder = values.get(section) if section else values
         if isinstance(holder, dict) and isinstance(holder.get(leaf), str):
@@ -150,7 +155,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
             f"--set {override!r}: the value is not valid YAML{_place(error)}; put text with "
             "special characters in quotes"
         ) from error
-    is_path = dotted in _PATH_FIELDS or _SOURCE_FIELD.fullmatch(dotted)
+    _put(values, dotted, value, override)
+
+
+def _put(values: dict[str, Any], dotted: str, value: Any, override: str) -> None:
+    is_path = dotted in PATH_FIELDS or _SOURCE_FIELD.fullmatch(dotted)
     if is_path and isinstance(value, str) and value and "://" not in value:
         value = str(Path(value).expanduser().absolute())
     holder: Any = values

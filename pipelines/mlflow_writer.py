@@ -50,7 +50,7 @@ class MlflowWriter:
         self._stream, self._store, self._warn = stream, store, warn
         self._registers = True
         self._live: dict[str, tuple[str, int]] = {}
-        self._experiment = _experiment(self._client, tracking_uri)
+        self._experiment = experiment_of(self._client, tracking_uri)
         self._parent = self._parent_run()
 
     def log_stage(self, artifact: Artifact) -> None:
@@ -247,7 +247,7 @@ def registered_versions(tracking_uri: str, stream: str) -> dict[int, str]:
     }
 
 
-def _experiment(client: MlflowClient, tracking_uri: str) -> str:
+def experiment_of(client: MlflowClient, tracking_uri: str) -> str:
     """The id of the experiment all streams share. Beside sqlite the artifacts get a folder, since
     MLflow's own default is relative to wherever the process was started."""
     from mlflow.exceptions import MlflowException

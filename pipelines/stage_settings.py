@@ -10,6 +10,7 @@ from pipelines.data_config import TaskConfig
 from pipelines.section import identity
 from seekr.methods.sapt import SAPT
 from seekr.methods.seekr import SEEKR
+from seekr.models import ModelShape
 
 # Raise it when what is written beside a frozen model changes.
 _ADDITION = 2
@@ -54,6 +55,30 @@ def generating(config: StreamConfig, task: TaskConfig, template: str) -> dict[st
         "prompt_length": options.max_length - options.max_answer_length,
         **precision(config),
     }
+
+
+def scoring(config: StreamConfig, method: SEEKR, shape: ModelShape) -> dict[str, Any]:
+    """Return how heads are scored."""
+    return {
+        "query_budget": method.query_budget,
+        "num_layers": shape.num_layers,
+        "num_heads": shape.num_heads,
+        **precision(config),
+    }
+
+
+def answering(config: StreamConfig, name: str) -> dict[str, Any]:
+    """Return how a kept prompt of a task is answered by the newest model, and what becomes of answers."""
+    replay, dtype = config.replay, config.model.dtype
+    accepted = {"accept": replay.accept, "rejected": replay.rejected, "dtype": dtype}
+    return decoding(config, [name])["tasks"][name] | accepted
+
+
+def measuring(config: StreamConfig, harness: str | None) -> dict[str, Any]:
+    """Return how general ability is measured, by a version of the harness."""
+    fields = {"tasks", "num_fewshot", "limit", "max_length"}
+    asked = config.general.model_dump(mode="json", include=fields)
+    return asked | precision(config) | {"harness": harness}
 
 
 def borrowing(config: StreamConfig, templates: Mapping[str, str]) -> dict[str, Any]:

@@ -63,14 +63,24 @@ class Stream:
         return f"streams/{self.config.name}/report.html"
 
 
-def open_stream(path: Path, overrides: Sequence[str] = (), *, writable: bool = False) -> Stream:
+def open_stream(
+    path: Path,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    *,
+    writable: bool = False,
+) -> Stream:
     """Read, validate and look at the world; no compute, and nothing written unless asked to.
+
+    Args:
+        overrides, settings: what is changed in the YAML, see `load_config`.
+        writable: make the storage if it is not there, and see that it can be written.
 
     Raises:
         ConfigError, DataError: what is wrong, all of it at once where possible; also a storage that
             cannot be opened, or not be written if `writable`.
     """
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, settings)
     facts = survey(config)
     stages = build_graph(config, facts)
     store = open_storage(config, writable=writable)

@@ -173,6 +173,12 @@ def _finish(writer: MlflowWriter, view: StreamView, report: Path | None) -> None
 
 def _connect(uri: str | None, stream: str, store: Store, warn: Warn) -> MlflowWriter:
     assert uri is not None
+    prepare(uri)
+    return MlflowWriter(uri, stream=stream, store=store.location.shown, warn=warn)
+
+
+def prepare(uri: str) -> None:
+    """Set MLflow up for a run that must not wait for it, and make the folder of a sqlite file."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     path = uri.removeprefix("sqlite:///")
@@ -181,7 +187,6 @@ def _connect(uri: str | None, stream: str, store: Store, warn: Warn) -> MlflowWr
     # The schema's migrations are announced line by line to stderr otherwise.
     for name in ("mlflow.store.db.utils", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return MlflowWriter(uri, stream=stream, store=store.location.shown, warn=warn)
 
 
 @contextmanager
