@@ -115,5 +115,6 @@ def _start_host(section: Section, pool: PoolConfig) -> Any:
         "num_gpus": pool.gpus,
         "max_restarts": _MAX_RESTARTS,
         "max_task_retries": _MAX_RESTARTS,
+        "scheduling_strategy": "DEFAULT",  # not in the place of a driver that has one of its own
     }
     return ray.remote(titled).options(**options).remote()

@@ -112,7 +112,8 @@ class _Group:
         self.shape, self.usable = shape, True
         self._error: BaseException | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="seekr-group-")
-        self._desk: Any = ray.remote(Desk).options(num_cpus=0).remote()
+        place = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
+        self._desk: Any = ray.remote(Desk).options(**place).remote()
         self._thread = threading.Thread(
             target=self._fit,
             args=(self._trainer(work, workspace),),

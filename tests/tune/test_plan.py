@@ -1,0 +1,276 @@
+"""What a search does: the same whoever is faster, however often it is killed, and nothing twice."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from seekr.errors import ConfigError
+from tests.tune.searching import (
+    FIRST,
+    FORGET,
+    SPACE,
+    WEIGHT,
+    carry_out,
+    computed,
+    make_search,
+    opened,
+    run_plan,
+    score,
+    table,
+)
+from tune.plan import Plan
+
+ASHA = {"by": "asha", "reduction": 2, "first": 2}
+PBT = {"by": "pbt", "quantile": 0.25}
+
+
+def finished(path: Path, *changes: str, slots: int = 1, lag: int = 2) -> Plan:
+    plan = opened(path, *changes).plan(lag)
+    run_plan(plan, slots=slots)
+    return plan
+
+
+def test_every_trial_learns_all_tasks_without_a_scheduler(tmp_path: Path) -> None:
+    plan = finished(make_search(tmp_path))
+    trials = plan.ledger.of("trial")
+    assert [trial.state for trial in trials] == ["finished"] * 8
+    assert [trial.tasks for trial in trials] == [3] * 8
+    for trial in trials:
+        course = plan.courses.open([trial.settings] * 3, 0)
+        later = score(course.configs[0])
+        # Two tasks were learnt after the first one, one after the second, none after the third.
+        assert trial.figures["op"].mean == pytest.approx((FIRST + 2 * later) / 3 - FORGET)
+        assert trial.figures["bwt"].mean == pytest.approx(-1.5 * FORGET)
+        assert [result.figures["op"].mean for result in trial.results[:2]] == [
+            pytest.approx(FIRST),
+            pytest.approx((FIRST + later - FORGET) / 2),
+        ]
+    values = [trial.figures["op"].mean for trial in trials]
+    assert plan.best()[0] is trials[values.index(max(values))]
+
+
+def test_no_stage_is_computed_twice_and_the_first_task_only_once(tmp_path: Path) -> None:
+    plan = finished(make_search(tmp_path), slots=4)
+    keys = computed(plan)
+    assert len(keys) == len(set(keys))
+    assert set(keys) == {key for trial in plan.ledger.of("trial") for key in trial.stages}
+    assert len([key for key in keys if key.startswith("train/upper/")]) == 1
+    assert len([key for key in keys if key.startswith("ingest/")]) == 3
+
+
+MEDIAN = {"by": "median", "at_least": 2}
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("by", "scheduler", "cuts"),
+    [
+        ("tpe", ASHA, 1),
+        ("random", PBT, 1),
+        pytest.param("tpe", ASHA, 4, marks=slow),
+        pytest.param("tpe", MEDIAN, 4, marks=slow),
+        pytest.param("tpe", None, 4, marks=slow),
+        pytest.param("random", PBT, 4, marks=slow),
+    ],
+)
+def test_neither_speed_nor_order_nor_kills_change_what_comes_out(
+    tmp_path: Path, by: str, scheduler: Any, cuts: int
+) -> None:
+    values = {"scheduler": scheduler, "search": {"by": by, "startup": 3}, "trials": 7}
+    values["confirm"] = {"seeds": [5], "best": 1}
+    whole = finished(make_search(tmp_path / "whole", **values))
+    for seed in range(cuts):
+        source = random.Random(seed)
+        path = make_search(tmp_path / f"cut-{seed}", **values)
+        for _ in range(200):
+            plan = opened(path).plan(2)
+            run_plan(
+                plan,
+                slots=source.randint(1, 4),
+                choose=lambda steps, source=source: source.randrange(len(steps)),
+                at_most=source.randint(0, 4),
+            )
+            if plan.ended():
+                break
+        assert plan.ended() and table(plan) == table(whole)
+        keys = computed(plan)
+        assert len(keys) == len(set(keys))
+
+
+def test_what_was_finished_when_it_was_killed_is_not_run_again(tmp_path: Path) -> None:
+    path = make_search(tmp_path, scheduler=ASHA)
+    run_plan(opened(path).plan(), slots=2, at_most=9)
+    plan = opened(path).plan()
+    before = {
+        entry.key: entry for entry in plan.ledger.entries.values() if entry.state == "finished"
+    }
+    assert before
+    run_plan(plan)
+    assert all(plan.ledger.entries[key] is entry for key, entry in before.items())
+
+
+def test_after_each_task_a_share_of_the_trials_goes_on(tmp_path: Path) -> None:
+    plan = finished(make_search(tmp_path, scheduler=ASHA, trials=12), slots=3)
+    trials = plan.ledger.of("trial")
+    for trial in trials:
+        value = trial.results[trial.tasks - 1].figures["op"].mean
+        rivals = [
+            result.figures["op"].mean
+            for other in trials[: trial.number]
+            if (result := other.after(trial.tasks)) is not None
+        ]
+        better = sum(rival > value for rival in rivals)
+        kept = better < math.ceil((len(rivals) + 1) / 2)
+        assert trial.state == ("finished" if trial.tasks == 3 else "stopped")
+        assert kept or trial.tasks == 3 or trial.state == "stopped"
+        if trial.state == "stopped":
+            assert (
+                not kept and f"best of {len(rivals) + 1} after {trial.tasks} tasks" in trial.reason
+            )
+    assert {trial.tasks for trial in trials} == {2, 3}
+    assert plan.best()[0].state == "finished"
+
+
+def test_a_member_of_a_population_goes_on_from_another_ones_stages(tmp_path: Path) -> None:
+    plan = finished(make_search(tmp_path, scheduler=PBT, trials=8), slots=3)
+    members = plan.ledger.of("trial")
+    copiers = [member for member in members if member.copied]
+    assert copiers and all(member.state == "finished" for member in members)
+    for member in copiers:
+        copied = member.copied[-1]
+        mine = plan.courses.open(list(member.learnt), 0)
+        inherited = {stage.key for stage in mine.until(copied.tasks)}
+        result = members[copied.source].after(copied.tasks)
+        assert result is not None and inherited == set(result.stages)
+        if copied.tasks < 3:
+            (train,) = [stage for stage in mine.stages[copied.tasks] if stage.name == "train"]
+            assert train.inputs["model"].key in inherited and train.key in member.stages
+            assert train.key not in members[copied.source].stages
+    first = {member.number: member.results[0].figures["op"].mean for member in members}
+    copied_once = [m for m in copiers if m.copied[0].tasks == 1]
+    assert all(first[m.number] <= first[m.copied[0].source] for m in copied_once)
+
+
+def test_each_trial_runs_with_every_seed_and_shows_their_spread(tmp_path: Path) -> None:
+    plan = finished(make_search(tmp_path, seeds=[0, 1, 2], trials=2))
+    for trial in plan.ledger.of("trial"):
+        value = trial.figures["op"]
+        assert len(value.values) == 3 and value.error is not None
+        assert value.mean == pytest.approx(sum(value.values) / 3)
+        trains = [key for key in trial.stages if key.startswith("train/upper/")]
+        assert len(trains) == 3
+
+
+def test_the_best_and_the_stream_as_it_is_are_run_on_another_order(tmp_path: Path) -> None:
+    confirm = {"best": 2, "seeds": [7, 8]}
+    plan = finished(make_search(tmp_path, confirm=confirm))
+    found = plan.ledger.of("confirm")
+    assert [entry.number for entry in found] == [
+        -1,
+        *sorted(entry.number for entry in plan.best()[:2]),
+    ]
+    for entry in found:
+        assert entry.order == ("first", "reverse", "upper") and entry.seeds == (7, 8)
+        assert entry.state == "finished" and len(entry.figures["op"].values) == 2
+    as_it_is = found[0].figures["op"].mean
+    assert as_it_is == pytest.approx((FIRST + 2 * score(plan.courses.base.config)) / 3 - FORGET)
+
+
+def test_constraints_compare_with_a_reference_that_is_run_first(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "references": {"plain": {"method": {"name": "seqft"}}},
+        "constraints": ["new_task_score >= 1.05 * plain"],
+    }
+    plan = finished(make_search(tmp_path, **values))
+    plain = plan.ledger.entries["reference-plain"].figures["new_task_score"].mean
+    assert plain == pytest.approx((FIRST + 2 * 0.7) / 3)
+    best = plan.best()
+    assert best and len(best) < 8
+    for trial in plan.ledger.of("trial"):
+        able = trial.figures["new_task_score"].mean >= 1.05 * plain
+        assert able == (trial in best) == (plan.missed(trial)[0] <= 0)
+
+
+def test_of_several_figures_the_front_comes_first(tmp_path: Path) -> None:
+    plan = finished(make_search(tmp_path, goal={"pareto": ["op", "forgetting"]}))
+    best = plan.best()
+    assert len(best) == 8  # forgetting is the same for all, so the best OP alone is on the front
+    assert best[0].figures["op"].mean == max(trial.figures["op"].mean for trial in best)
+
+
+def test_settings_that_cannot_be_are_refused_and_the_others_go_on(tmp_path: Path) -> None:
+    space = {
+        "replay": {"choice": [{"ratio": 0.1}, {"rows": 4}]},
+        "replay.ratio": {"choice": [0.1, 0.2]},
+    }
+    plan = finished(make_search(tmp_path, space=space, search={"by": "grid"}, trials=None))
+    trials = plan.ledger.of("trial")
+    assert len(trials) == 4
+    for trial in trials:
+        both = "rows" in trial.settings["replay"]
+        assert trial.state == ("refused" if both else "finished")
+        assert not both or "ratio and rows are both set" in trial.reason
+
+
+def test_a_step_that_fails_ends_its_trial_alone_and_is_tried_again_when_resumed(
+    tmp_path: Path,
+) -> None:
+    path = make_search(tmp_path)
+    plan = opened(path).plan()
+    plan.begin()
+    step = plan.next()
+    assert step is not None
+    plan.record(step, (), "DataError: row 7")
+    run_plan_without_begin(plan)
+    first, *others = plan.ledger.of("trial")
+    assert (first.state, first.reason) == ("failed", "DataError: row 7")
+    assert {trial.state for trial in others} == {"finished"}
+    again = finished(path)
+    assert {trial.state for trial in again.ledger.of("trial")} == {"finished"}
+    assert table(again) == table(finished(make_search(tmp_path / "undisturbed")))
+
+
+def run_plan_without_begin(plan: Plan) -> None:
+    while (step := plan.next()) is not None:
+        plan.record(step, carry_out(step, plan.ledger.store), None)
+
+
+def test_more_trials_later_begin_with_those_there_were(tmp_path: Path) -> None:
+    path = make_search(tmp_path, scheduler=ASHA, trials=5)
+    few = table(finished(path))
+    many = table(finished(path, "trials=9"))
+    assert many[:5] == few and len(many) == 9
+
+
+def test_a_folder_of_another_search_is_refused_by_name(tmp_path: Path) -> None:
+    path = make_search(tmp_path)
+    finished(path)
+    with pytest.raises(ConfigError, match=r"belongs to another search, with another goal, seed;"):
+        opened(path, "seed=3", "goal={metric: bwt}")
+    make_search(tmp_path, space=SPACE | {"replay.ratio": {"choice": [0.1, 0.2]}})
+    with pytest.raises(ConfigError, match=r"search weights: .*searches/weights .*another space"):
+        opened(path)
+    make_search(tmp_path, changes={"train.epochs": 2})
+    with pytest.raises(ConfigError, match="another changes, stream"):
+        opened(path)
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(order=st.lists(st.integers(0, 7), min_size=10, max_size=40), slots=st.integers(1, 6))
+def test_decisions_do_not_depend_on_who_ends_first(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], slots: int
+) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    source = iter(order * 100)
+    plan = opened(make_search(folder, scheduler=ASHA, trials=5)).plan(2)
+    run_plan(plan, slots=slots, choose=lambda _: next(source))
+    again = finished(make_search(folder / "again", scheduler=ASHA, trials=5))
+    assert table(plan) == table(again)
+    assert WEIGHT in plan.ledger.of("trial")[0].settings

@@ -1,0 +1,246 @@
+"""Searches that really run: shared stages, freed resources, kills, populations, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from mlflow import MlflowClient
+
+from pipelines.artifact import StageRecord
+from tests.pipelines.running import end_shared_cluster, shared_cluster
+from tests.tune.searching import WEIGHT, computed, make_search, opened, table
+from tune.plan import Plan
+from tune.search import run_search
+from tune.tables import sharing
+from tune.tracking import SearchTracker
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+ASHA = {"by": "asha", "reduction": 2, "first": 2}
+# Longer than any search here takes on two busy cores, and short of what waiting for lost cores would.
+SECONDS = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    path: Path
+    plan: Plan
+    told: list[str]
+    free_before: float
+    free_after: float
+    seconds: float
+
+
+def free_cpus() -> float:
+    return float(ray.available_resources().get("CPU", 0.0))
+
+
+def settled(wanted: float) -> float:
+    """Return the free cores, once they are as many as wanted or have had time to be."""
+    deadline = time.monotonic() + 30
+    while free_cpus() < wanted and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return free_cpus()
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    """A search over a distillation weight with more trials than there are places for."""
+    folder = tmp_path_factory.mktemp("search")
+    space = {WEIGHT: {"log_uniform": [0.1, 1000]}}
+    path = make_search(folder, space=space, trials=5, scheduler=ASHA, concurrent=2)
+    end_shared_cluster()
+    shared_cluster(folder / "stream.yaml")
+    before, told, begun = free_cpus(), list[str](), time.monotonic()
+    search = opened(path)
+    run_search(search, tell=told.append)
+    seconds = time.monotonic() - begun
+    yield Done(
+        path=path,
+        plan=search.plan(),
+        told=told,
+        free_before=before,
+        free_after=settled(before),
+        seconds=seconds,
+    )
+    end_shared_cluster()
+
+
+def test_trials_end_and_give_back_what_they_had(done: Done) -> None:
+    trials = done.plan.ledger.of("trial")
+    assert len(trials) == 5 and all(trial.state in ("finished", "stopped") for trial in trials)
+    assert done.free_after == done.free_before > 0
+    assert done.seconds < SECONDS
+    assert not ray.util.placement_group_table() or all(
+        group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()
+    )
+
+
+def test_what_trials_share_was_computed_once_side_by_side(done: Done) -> None:
+    keys = computed(done.plan)
+    assert len(keys) == len(set(keys))
+    store = done.plan.ledger.store
+    records = {key: StageRecord.load(store, key) for key in keys}
+    assert all(record.attempts == 1 for record in records.values())
+    files = {
+        str(path.parent.relative_to(store.location.root)) for path in find_records(done.path.parent)
+    }
+    assert set(keys) == files
+    found = sharing(done.plan)
+    assert found["stages"] == found["computed"] == len(keys) < found["asked_for"]
+    # Three of five trials at most learn the third task, and the first is learnt once.
+    assert found["share"] < 0.6
+
+
+def find_records(folder: Path) -> list[Path]:
+    return sorted((folder / "store").glob("*/*/*/record.json"))
+
+
+def test_the_command_line_shows_the_search_its_best_and_a_stream_to_run(done: Done) -> None:
+    status = seekr("tune", "status", str(done.path), "--json")
+    entries = {entry["key"]: entry for entry in json.loads(status)["entries"]}
+    assert len(entries) == 5 and {e["state"] for e in entries.values()} <= {"finished", "stopped"}
+    table_shown = seekr("tune", "status", str(done.path))
+    assert "trial 4" in table_shown and "stages stood for" in table_shown
+    target = done.path.parent / "elsewhere" / "best.yaml"
+    target.parent.mkdir()
+    shown = seekr("tune", "best", str(done.path), "--write", str(target))
+    best = done.plan.best()[0]
+    assert f"trial {best.number} of search weights" in shown
+    values = yaml.safe_load(target.read_text())
+    assert values["method"]["attention_weight"] == best.settings[WEIGHT]
+    # It is the very stream that the trial was: everything is there already.
+    planned = json.loads(seekr("plan", str(target), "--json"))["stages"]
+    assert {stage["state"] for stage in planned} == {"reused"}
+    page = done.path.parent / "page.html"
+    seekr("tune", "report", str(done.path), "--out", str(page))
+    assert "<svg" in page.read_text() and "weights" in page.read_text()
+
+
+def test_running_a_finished_search_again_computes_nothing(done: Done) -> None:
+    before = {path: path.stat().st_mtime_ns for path in find_records(done.path.parent)}
+    search = opened(done.path)
+    known = table(search.plan())
+    told: list[str] = []
+    run_search(search, tell=told.append)
+    assert told == [] and table(search.plan()) == known
+    assert {path: path.stat().st_mtime_ns for path in find_records(done.path.parent)} == before
+
+
+def test_mlflow_has_a_run_per_trial_below_the_search_s(done: Done, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    ledger = done.plan.ledger
+    for _ in range(2):  # the second time changes nothing
+        tracker = SearchTracker(uri, search="weights", store=ledger.store, warn=pytest.fail)
+        tracker.note(ledger.entries)
+        tracker.close()
+    client = MlflowClient(tracking_uri=uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    kinds = {run.data.tags["seekr.kind"] for run in runs}
+    (parent,) = [run for run in runs if run.data.tags["seekr.kind"] == "search"]
+    children = [
+        run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    ]
+    assert kinds == {"search", "trial"} and len(children) == 5 and len(runs) == 6
+    for trial in ledger.of("trial"):
+        (run,) = [run for run in children if run.info.run_name == f"trial {trial.number}"]
+        assert float(run.data.params[WEIGHT]) == pytest.approx(trial.settings[WEIGHT])
+        history = client.get_metric_history(run.info.run_id, "op")
+        assert [(m.step, m.value) for m in history] == [
+            (result.tasks, result.figures["op"].mean) for result in trial.results
+        ]
+        assert run.info.status == ("FINISHED" if trial.state == "finished" else "KILLED")
+
+
+def seekr(*arguments: str) -> str:
+    command = [sys.executable, "-m", "pipelines.cli", *arguments]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "160"}
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return ran.stdout
+
+
+def start(path: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipelines.cli", "tune", *words, str(path)]
+    log = (path.parent / "search.log").open("a")
+    return subprocess.Popen(command, stdout=log, stderr=log, text=True, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_a_search_whose_driver_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    end_shared_cluster()
+    values: dict[str, Any] = {
+        "trials": 4,
+        "scheduler": ASHA,
+        "search": {"by": "tpe", "startup": 2},
+        "confirm": {"seeds": [3]},
+    }
+    whole, cut = make_search(tmp_path / "whole", **values), make_search(tmp_path / "cut", **values)
+    assert start(whole).wait(timeout=SECONDS) == 0
+    kills, words = 0, ()
+    untouched: dict[Path, int] = {}
+    for entries in (1, 2, 4):
+        run = start(cut, *words)
+        while run.poll() is None and len(trained(cut)) < 2 * entries:
+            time.sleep(0.2)
+        if run.poll() is not None:
+            break
+        time.sleep(1.0)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        kills, words = kills + 1, ("resume",)
+        now = {path: path.stat().st_mtime_ns for path in find_records(cut.parent)}
+        assert untouched.items() <= now.items(), "a finished stage was computed again"
+        untouched = now
+    assert kills == 3
+    assert start(cut, "resume").wait(timeout=SECONDS) == 0, (
+        tmp_path / "cut/search.log"
+    ).read_text()
+    after = {path: path.stat().st_mtime_ns for path in find_records(cut.parent)}
+    assert untouched.items() <= after.items()
+    assert table(opened(cut).plan()) == table(opened(whole).plan())
+
+
+def trained(path: Path) -> list[Path]:
+    return list((path.parent / "store").glob("train/*/*/record.json"))
+
+
+@pytest.mark.slow
+def test_a_population_trains_on_from_the_best_ones_models(tmp_path: Path) -> None:
+    end_shared_cluster()
+    space = {
+        "train.learning_rate": {"log_uniform": [1e-5, 3e-2]},
+        WEIGHT: {"log_uniform": [0.1, 100]},
+    }
+    path = make_search(
+        tmp_path,
+        space=space,
+        trials=4,
+        scheduler={"by": "pbt", "quantile": 0.25},
+        changes={"train.epochs": 4, "data.metric": "edit_similarity"},
+    )
+    assert start(path).wait(timeout=SECONDS) == 0, (tmp_path / "search.log").read_text()
+    plan = opened(path).plan()
+    copiers = [entry for entry in plan.ledger.of("trial") if entry.copied]
+    assert copiers
+    for entry in copiers:
+        copied = entry.copied[-1]
+        course = plan.courses.open(list(entry.learnt), 0)
+        (train,) = [stage for stage in course.stages[copied.tasks] if stage.name == "train"]
+        record = StageRecord.load(plan.ledger.store, train.key)
+        source = plan.ledger.of("trial")[copied.source].after(copied.tasks)
+        assert source is not None
+        ref = record.inputs["model"]
+        assert f"{ref.stage}/{ref.task}/{ref.fingerprint}" in source.stages
