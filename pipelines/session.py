@@ -25,6 +25,7 @@ from seekr.errors import ConfigError
 
 # A stage learns its end from the desk; this is how soon a dead worker is noticed. More often costs CPU.
 _TRAIN_POLL_SECONDS = "1"
+_AT_ONCE = 4
 _QUIET_LOGGERS = ("ray.data", "ray.train", "ray.serve", "ray")
 
 
@@ -74,7 +75,10 @@ def _connect(configs: Sequence[StreamConfig], drivers: int) -> None:
         os.cpu_count() or 1,
         *(math.ceil(other.required_cpus) for other in configs),
     )
-    cpus *= drivers
+    if drivers > 1:
+        cpus *= drivers
+        # Ray warns of many processes by this number, and here there are as many as there should be.
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(_AT_ONCE * drivers))
     # Not the cluster that somebody has left running on this machine. The dashboard answers Ray
     # Train's cleaner, which otherwise keeps polling after every stage.
     local: dict[str, Any] = {"address": "local", "include_dashboard": True, "dashboard_port": None}

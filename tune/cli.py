@@ -131,6 +131,17 @@ def best(
         _say(f"stream: {write}; run it: seekr run {write}")
 
 
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a search's YAML, for editors and for reading.
+
+    Example: seekr tune schema > search.schema.json
+    """
+    from tune.search_config import SearchConfig
+
+    print(json.dumps(SearchConfig.model_json_schema(), indent=2))
+
+
 def _run(path: Path, changes: list[str] | None, *, begin: bool, as_json: bool) -> None:
     from pipelines.tracking import tracking_uri
     from tune.ledger import REPORT
@@ -145,11 +156,18 @@ def _run(path: Path, changes: list[str] | None, *, begin: bool, as_json: bool) -
     tracker = SearchTracker(uri, search=search.config.name, store=store, warn=_warn)
     for text in base.facts.warnings:
         _warn(text)
+
+    def tell(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     try:
         run_search(
             search,
-            tell=lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True),
+            tell=tell,
             note=lambda: tracker.note(search.ledger.entries),
+            running=lambda text: console.print(
+                text, style="dim", markup=False, highlight=False, soft_wrap=True
+            ),
         )
     finally:
         tracker.note(search.ledger.entries)

@@ -8,6 +8,7 @@ them the local processes that hold models. A driver itself needs no device; the 
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +22,12 @@ from pipelines.hosts import forget_hosts
 from pipelines.provenance import Provenance
 from pipelines.runner import Job, run_stages
 from pipelines.session import ray_session
+from pipelines.stage import StageEvent
 from pipelines.store import Store
 from pipelines.train_group import end_groups
 from seekr.errors import SeekrError
 from tune.plan import Plan, Step
+from tune.watching import BEGUN
 
 _WORK, _RAN, _ERROR = "work", "ran", "error"
 
@@ -85,9 +88,19 @@ def drive(parcel: Parcel) -> list[str]:
             parcel.store, parcel.jobs, parcel.monitor, parcel.provenance, parcel.parallel
         )
         for event in events:
-            if event is not None and event.kind == "finished":
-                ran.append(event.stage.key)
+            if event is not None:
+                _show(event, parcel.monitor)
+                if event.kind == "finished":
+                    ran.append(event.stage.key)
     return ran
+
+
+def _show(event: StageEvent, monitor: Any) -> None:
+    """Let the monitor know which stages run; those that are waited for are somebody else's."""
+    if event.kind in ("started", "resumed"):
+        monitor.post.remote(event.stage.key, "driver", {BEGUN: time.time()})
+    elif event.kind != "waiting":
+        monitor.clear.remote(event.stage.key)
 
 
 class PlanSearcher(Searcher):

@@ -197,7 +197,11 @@ class Plan:
 
     def _propose(self, number: int) -> Entry | None:
         outcomes = {entry.number: self._outcome(entry) for entry in self._trials() if entry.ended}
-        settings = self._proposals.settings(number, outcomes)
+        begun = {
+            entry.number: entry.learnt[0] if entry.learnt else entry.settings
+            for entry in self._trials()
+        }
+        settings = self._proposals.settings(number, outcomes, begun)
         if settings is None:
             return None
         key = f"trial-{number:04d}"

@@ -18,9 +18,11 @@ from optuna.trial import TrialState
 
 from tune.goals import Goal
 from tune.measures import Direction
-from tune.spaces import Space, draw, grid
+from tune.spaces import Settings, Space, draw, grid
 
 By = Literal["random", "grid", "tpe"]
+_MISSED = "missed"
+_CONSTRAINTS = "constraints"  # where Optuna's samplers look for them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,9 @@ class Proposals:
         self._space, self._by, self._goal, self._lag = space, by, goal, lag
         self._grid = list(grid(space)) if by == "grid" else []
         self._settings: list[dict[str, Any]] = []
+        self._other: set[int] = (
+            set()
+        )  # trials that were begun with settings that are not asked for now
         self._asked: list[optuna.Trial] = []
         self._told = 0
         if by != "grid":
@@ -71,13 +76,26 @@ class Proposals:
                 directions=["maximize" if way == "max" else "minimize" for way in directions],
             )
 
-    def settings(self, number: int, outcomes: Mapping[int, Outcome]) -> dict[str, Any] | None:
-        """Return what trial `number` tries, None while outcomes are missing that it should learn from."""
+    def settings(
+        self,
+        number: int,
+        outcomes: Mapping[int, Outcome],
+        begun: Mapping[int, Settings] | None = None,
+    ) -> dict[str, Any] | None:
+        """Return what trial `number` tries, None while outcomes are missing that it should learn from.
+
+        Args:
+            begun: settings of trials that there are already; they hold, though another lag would have
+                proposed others.
+        """
         while len(self._settings) <= number:
             found = self._next(outcomes)
             if found is None:
                 return None
-            self._settings.append(found)
+            own = (begun or {}).get(len(self._settings), found)
+            if own != found:
+                self._other.add(len(self._settings))
+            self._settings.append(dict(own))
         return self._settings[number]
 
     def _next(self, outcomes: Mapping[int, Outcome]) -> dict[str, Any] | None:
@@ -88,21 +106,39 @@ class Proposals:
             while self._told <= number - self._lag:
                 if self._told not in outcomes:
                     return None
-                self._tell(self._asked[self._told], outcomes[self._told])
+                self._tell(self._told, outcomes[self._told])
                 self._told += 1
         trial = self._study.ask()
         self._asked.append(trial)
         return draw(self._space, trial)
 
-    def _tell(self, trial: optuna.Trial, outcome: Outcome) -> None:
-        trial.set_user_attr("missed", list(outcome.missed))
-        if outcome.values is None:
+    def _tell(self, number: int, outcome: Outcome) -> None:
+        trial, failed = self._asked[number], outcome.values is None
+        trial.set_user_attr(_MISSED, list(outcome.missed))
+        if failed or number in self._other:
             self._study.tell(trial, state=TrialState.FAIL)
+        if failed:
+            return
+        assert outcome.values is not None
+        if number in self._other:
+            self._study.add_trial(self._frozen(self._settings[number], outcome))
         elif outcome.whole:
             self._study.tell(trial, list(outcome.values))
         else:
             trial.report(outcome.values[0], outcome.tasks)
             self._study.tell(trial, state=TrialState.PRUNED)
+
+    def _frozen(self, settings: Settings, outcome: Outcome) -> optuna.trial.FrozenTrial:
+        assert outcome.values is not None
+        return optuna.trial.create_trial(
+            state=TrialState.COMPLETE if outcome.whole else TrialState.PRUNED,
+            params={field: self._space[field].coded(value) for field, value in settings.items()},
+            distributions={field: self._space[field].distribution() for field in settings},
+            values=list(outcome.values) if outcome.whole else None,
+            intermediate_values={} if outcome.whole else {outcome.tasks: outcome.values[0]},
+            user_attrs={_MISSED: list(outcome.missed)},
+            system_attrs={_CONSTRAINTS: list(outcome.missed)} if outcome.missed else None,
+        )
 
 
 def _sampler(by: By, seed: int, startup: int, constrained: bool) -> optuna.samplers.BaseSampler:
@@ -121,4 +157,4 @@ def _sampler(by: By, seed: int, startup: int, constrained: bool) -> optuna.sampl
 
 
 def _missed(trial: optuna.trial.FrozenTrial) -> list[float]:
-    return trial.user_attrs["missed"]
+    return trial.user_attrs[_MISSED]

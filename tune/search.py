@@ -33,6 +33,7 @@ from tune.measures import known_measures
 from tune.plan import Plan
 from tune.search_config import SearchConfig, complaints
 from tune.spaces import satisfying
+from tune.watching import heartbeat
 
 _LOCAL_TRIALS = 2
 _ATTEMPTS = 3
@@ -100,11 +101,18 @@ def open_search(
     return Search(config=config, courses=courses, ledger=ledger)
 
 
-def run_search(search: Search, *, tell: Tell, note: Callable[[], None] = lambda: None) -> None:
+def run_search(
+    search: Search,
+    *,
+    tell: Tell,
+    note: Callable[[], None] = lambda: None,
+    running: Tell = lambda _: None,
+) -> None:
     """Run what is missing of a search.
 
     Args:
         tell: told of everything that happens, a line each.
+        running: told now and then what runs, a line per stage, in another thread.
         note: called after every step, when the ledger has changed.
 
     Raises:
@@ -129,7 +137,9 @@ def run_search(search: Search, *, tell: Tell, note: Callable[[], None] = lambda:
 
             plan = search.plan(drivers, told)
             plan.begin()
-            _tune(search, plan, drivers)
+            monitor = start_monitor()
+            with heartbeat(monitor, running):
+                _tune(search, plan, drivers, monitor)
             lease.check()
         if not plan.ended():
             raise SeekrError(
@@ -152,14 +162,14 @@ def room_for(config: StreamConfig) -> int:
     return max(1, min(int(total.get(kind, 0) // need) for kind, need in needs.items() if need))
 
 
-def _tune(search: Search, plan: Plan, drivers: int) -> None:
+def _tune(search: Search, plan: Plan, drivers: int, monitor: Any) -> None:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     ledger, base = search.ledger, search.courses.base
     parcel = Parcel(
         store=ledger.store,
         jobs=(),
-        monitor=start_monitor(),
+        monitor=monitor,
         provenance=Provenance.capture(base.path.parent.absolute()),
         parallel=base.config.ray.parallel_stages,
         drivers=drivers,

@@ -16,6 +16,12 @@ from typing import Any, Final
 
 import optuna
 import yaml
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from pydantic import Field, field_validator, model_validator
 
 from pipelines.section import Section
@@ -107,6 +113,20 @@ class Range(Section):
         assert self.choice is not None
         # By position: a choice may hold what a database of trials does not, such as a section.
         return self.choice[trial.suggest_categorical(field, list(range(len(self.choice))))]
+
+    def distribution(self) -> BaseDistribution:
+        """Return what `draw` draws from, as Optuna writes it."""
+        if self.uniform is not None:
+            return FloatDistribution(*self.uniform)
+        if self.log_uniform is not None:
+            return FloatDistribution(*self.log_uniform, log=True)
+        if self.integers is not None:
+            return IntDistribution(*self.integers, step=self.step)
+        return CategoricalDistribution(list(range(len(self.choice or ()))))
+
+    def coded(self, value: Any) -> Any:
+        """Return a value as `draw` has Optuna see it: a choice by its position."""
+        return self.choice.index(value) if self.choice is not None else value
 
     def corners(self) -> tuple[Any, ...]:
         """Return values by which a field is tried before anything runs: the ends, or all choices."""

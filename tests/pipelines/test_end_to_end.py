@@ -141,7 +141,7 @@ def test_an_appended_task_runs_only_its_own_stages(finished: Stream, tmp_path: P
     assert missing == {"first", "upper--after--first", "reverse--after--first"}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_workers_give_the_same_weights_within_rounding(
     finished: Stream, tmp_path: Path, strategy: str
 ) -> None:

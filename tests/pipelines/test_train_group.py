@@ -54,6 +54,7 @@ def test_all_tasks_of_a_local_stream_are_learnt_by_one_group(
     assert len(together) == 3 and again == together
 
 
+@pytest.mark.slow
 def test_another_shape_gets_another_group_and_the_same_weights(
     short: Path, cluster: None, tmp_path: Path
 ) -> None:
@@ -63,6 +64,7 @@ def test_another_shape_gets_another_group_and_the_same_weights(
     assert workers_started() == before + 1 and second == first
 
 
+@pytest.mark.slow
 def test_a_group_that_may_change_its_size_is_made_for_one_stage(
     short: Path, cluster: None, tmp_path: Path
 ) -> None:

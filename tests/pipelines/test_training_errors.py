@@ -27,6 +27,7 @@ from tests.pipelines.streams import make_model, make_stream, task_rows, write_ro
 
 ray_test = pytest.mark.ray
 LONG = 20_000
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "deepspeed")]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def run_and_fail(path: Path, storage: Path, *changes: str) -> tuple[str, int]:
 
 
 @ray_test
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed"])
+@pytest.mark.parametrize("strategy", ["ddp", *SLOWER])
 def test_a_loss_that_is_no_number_ends_the_training_where_it_is_and_is_not_tried_again(
     stream_path: Path, tmp_path: Path, cluster: None, strategy: str
 ) -> None:

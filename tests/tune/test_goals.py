@@ -165,3 +165,21 @@ def test_parzen_estimators_learn_from_those_that_must_have_ended_and_no_others()
     early = sum(abs(found["a"] - 0.7) for found in settings[:8]) / 8
     late = sum(abs(found["a"] - 0.7) for found in settings[-8:]) / 8
     assert late < early
+
+
+def test_trials_that_are_there_keep_their_settings_whatever_the_lag() -> None:
+    first, outcomes = proposals("tpe", lag=1), dict[int, Outcome]()
+    begun: dict[int, dict[str, float]] = {}
+    for number in range(12):
+        found = first.settings(number, outcomes)
+        assert found is not None
+        begun[number], outcomes[number] = found, outcome(found)
+    # Another lag would have proposed others from the fourth on, and is told of those there are.
+    later = proposals("tpe", lag=4)
+    assert later.settings(12, outcomes, begun) is not None
+    known = [trial for trial in later._study.get_trials() if trial.state.is_finished()]
+    told = [trial for trial in known if trial.values is not None]
+    assert len(told) == 9  # 12 - lag + 1
+    assert {trial.params["a"] for trial in told} == {begun[number]["a"] for number in range(9)}
+    alone = proposals("tpe", lag=4)
+    assert [alone.settings(n, outcomes) for n in range(12)] != [begun[n] for n in range(12)]

@@ -27,6 +27,7 @@ from tune.tables import sharing
 from tune.tracking import SearchTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+slow = pytest.mark.slow
 ASHA = {"by": "asha", "reduction": 2, "first": 2}
 # Longer than any search here takes on two busy cores, and short of what waiting for lost cores would.
 SECONDS = 600
@@ -77,6 +78,25 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     end_shared_cluster()
 
 
+def test_two_trials_run_and_share_their_first_task(tmp_path: Path) -> None:
+    space = {WEIGHT: {"choice": [1.0, 100.0]}}
+    path = make_search(
+        tmp_path, tasks=2, space=space, trials=2, search={"by": "grid"}, concurrent=1
+    )
+    shared_cluster(tmp_path / "stream.yaml")
+    search, told = opened(path), list[str]()
+    run_search(search, tell=told.append)
+    plan = search.plan()
+    assert [trial.state for trial in plan.ledger.of("trial")] == ["finished", "finished"]
+    assert len(told) == 2 and all("all tasks learnt, op" in line for line in told)
+    first, second = (trial.results[-1].stages for trial in plan.ledger.of("trial"))
+    assert len([key for key in first if key.startswith("train/")]) == 2
+    different = {key.partition("/")[0] for key in set(first) ^ set(second)}
+    assert different == {"train", "score", "select", "teach", "evaluate"}
+    assert len(computed(plan)) == len(set(first) | set(second))
+
+
+@slow
 def test_trials_end_and_give_back_what_they_had(done: Done) -> None:
     trials = done.plan.ledger.of("trial")
     assert len(trials) == 5 and all(trial.state in ("finished", "stopped") for trial in trials)
@@ -87,6 +107,7 @@ def test_trials_end_and_give_back_what_they_had(done: Done) -> None:
     )
 
 
+@slow
 def test_what_trials_share_was_computed_once_side_by_side(done: Done) -> None:
     keys = computed(done.plan)
     assert len(keys) == len(set(keys))
@@ -107,6 +128,7 @@ def find_records(folder: Path) -> list[Path]:
     return sorted((folder / "store").glob("*/*/*/record.json"))
 
 
+@slow
 def test_the_command_line_shows_the_search_its_best_and_a_stream_to_run(done: Done) -> None:
     status = seekr("tune", "status", str(done.path), "--json")
     entries = {entry["key"]: entry for entry in json.loads(status)["entries"]}
@@ -128,6 +150,7 @@ def test_the_command_line_shows_the_search_its_best_and_a_stream_to_run(done: Do
     assert "<svg" in page.read_text() and "weights" in page.read_text()
 
 
+@slow
 def test_running_a_finished_search_again_computes_nothing(done: Done) -> None:
     before = {path: path.stat().st_mtime_ns for path in find_records(done.path.parent)}
     search = opened(done.path)
@@ -138,6 +161,7 @@ def test_running_a_finished_search_again_computes_nothing(done: Done) -> None:
     assert {path: path.stat().st_mtime_ns for path in find_records(done.path.parent)} == before
 
 
+@slow
 def test_mlflow_has_a_run_per_trial_below_the_search_s(done: Done, tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     ledger = done.plan.ledger
@@ -178,7 +202,7 @@ def start(path: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=log, stderr=log, text=True, start_new_session=True)
 
 
-@pytest.mark.slow
+@slow
 def test_a_search_whose_driver_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     end_shared_cluster()
     values: dict[str, Any] = {
@@ -217,7 +241,7 @@ def trained(path: Path) -> list[Path]:
     return list((path.parent / "store").glob("train/*/*/record.json"))
 
 
-@pytest.mark.slow
+@slow
 def test_a_population_trains_on_from_the_best_ones_models(tmp_path: Path) -> None:
     end_shared_cluster()
     space = {
