@@ -75,10 +75,10 @@ def _connect(configs: Sequence[StreamConfig], drivers: int) -> None:
         os.cpu_count() or 1,
         *(math.ceil(other.required_cpus) for other in configs),
     )
-    if drivers > 1:
-        cpus *= drivers
-        # Ray warns of many processes by this number, and here there are as many as there should be.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(_AT_ONCE * drivers))
+    cpus *= drivers
+    # Ray warns of many processes by this number, and here there are as many as there should be.
+    at_once = max(os.cpu_count() or 1, _AT_ONCE * drivers)
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(at_once))
     # Not the cluster that somebody has left running on this machine. The dashboard answers Ray
     # Train's cleaner, which otherwise keeps polling after every stage.
     local: dict[str, Any] = {"address": "local", "include_dashboard": True, "dashboard_port": None}

@@ -16,7 +16,7 @@ from pipelines.model_folder import read_model_config, read_tokenizer
 from pipelines.rows import Columns
 from pipelines.token_weights_config import MetaConfig, PairColumns
 from pipelines.transfer import cache_folder
-from seekr.errors import DataError
+from seekr.errors import ConfigError, DataError
 from seekr.taalm.network import check_same_tokenizer
 
 
@@ -42,7 +42,7 @@ def weighing(config: StreamConfig) -> dict[str, str]:
     """Look at what Train-Attention is or is made from; returns digests, by name.
 
     Raises:
-        ConfigError: its tokenizer is another one.
+        ConfigError: its tokenizer is another one, or documents are longer than a model can read.
         DataError: the pairs cannot be used.
     """
     weights = config.token_weights
@@ -59,8 +59,21 @@ def weighing(config: StreamConfig) -> dict[str, str]:
             )
             found[name] = folder_digest(folder, cache)
     if weights.trains_network:
+        _check_length(config.model.path, config.model.trust_remote_code, weights.meta)
+        if weights.model is not None:
+            _check_length(weights.model, False, weights.meta)
         found |= _pairs(weights.meta, config.data.max_bad_share)
     return found
+
+
+def _check_length(model: Path, trust_remote_code: bool, meta: MetaConfig) -> None:
+    text = read_model_config(model, trust_remote_code).get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if isinstance(positions, int) and meta.max_length > positions:
+        raise ConfigError(
+            f"token_weights.meta.max_length is {meta.max_length} and the model {model.name} has "
+            f"{positions} positions; lower it: the rest of a longer document is cut off"
+        )
 
 
 def _pairs(meta: MetaConfig, max_bad_share: float) -> dict[str, str]:

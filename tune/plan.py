@@ -252,6 +252,11 @@ class Plan:
     def _exploit(self, rule: Population) -> None:
         """Once all members have learnt as many tasks, let the worst go on from the best."""
         members = self._trials()
+        furthest = max(entry.decided for entry in members)
+        for entry in members:  # one that failed and was tried again comes after the others
+            if not entry.ended and entry.decided < entry.tasks <= furthest:
+                self.ledger.put(replace(entry, decided=entry.tasks))
+        members = self._trials()
         alive = [entry for entry in members if not entry.ended]
         tasks = min((entry.tasks for entry in alive), default=0)
         waiting = [entry for entry in alive if entry.decided < tasks]

@@ -120,6 +120,11 @@ MISSING = {
         "(column 'uuid') is not in the document",
         "one.jsonl:1",
     ),
+    "a document that is too long": (
+        "token_weights.meta.max_length=4096",
+        "token_weights.meta.max_length is 4096",
+        "positions; lower it",
+    ),
     "a beginning": ("token_weights.model=nowhere", "nowhere", "exist"),
     "reviewed rows": ("replay={review: nowhere.jsonl}", "replay.review", "not exist"),
 }

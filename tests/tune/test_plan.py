@@ -237,6 +237,19 @@ def test_a_step_that_fails_ends_its_trial_alone_and_is_tried_again_when_resumed(
     assert table(again) == table(finished(make_search(tmp_path / "undisturbed")))
 
 
+def test_a_member_that_failed_catches_up_with_its_population(tmp_path: Path) -> None:
+    path = make_search(tmp_path, scheduler=PBT, trials=4)
+    plan = opened(path).plan()
+    run_plan(plan, at_most=5)
+    step = plan.next()
+    assert step is not None and step.tasks == 2
+    plan.record(step, (), "OutOfMemory")
+    run_plan_without_begin(plan)
+    assert sorted(trial.state for trial in plan.ledger.of("trial")) == ["failed", *["finished"] * 3]
+    again = finished(path)
+    assert {trial.state for trial in again.ledger.of("trial")} == {"finished"}
+
+
 def run_plan_without_begin(plan: Plan) -> None:
     while (step := plan.next()) is not None:
         plan.record(step, carry_out(step, plan.ledger.store), None)

@@ -19,10 +19,11 @@ import yaml
 from mlflow import MlflowClient
 
 from pipelines.artifact import StageRecord
+from seekr.errors import ConfigError
 from tests.pipelines.running import end_shared_cluster, shared_cluster
 from tests.tune.searching import WEIGHT, computed, make_search, opened, table
 from tune.plan import Plan
-from tune.search import run_search
+from tune.search import room_for, run_search
 from tune.tables import sharing
 from tune.tracking import SearchTracker
 
@@ -268,3 +269,36 @@ def test_a_population_trains_on_from_the_best_ones_models(tmp_path: Path) -> Non
         assert source is not None
         ref = record.inputs["model"]
         assert f"{ref.stage}/{ref.task}/{ref.fingerprint}" in source.stages
+
+
+@slow
+def test_on_a_cluster_that_is_not_ours_a_search_leaves_nothing_and_asks_for_no_more_than_there_is(
+    tmp_path: Path,
+) -> None:
+    end_shared_cluster()
+    context = ray.init(address="local", num_cpus=3, include_dashboard=True, dashboard_port=None)
+    try:
+        address = context.address_info["gcs_address"]
+        space = {WEIGHT: {"choice": [1.0, 100.0]}}
+        values: dict[str, Any] = {"space": space, "trials": 2, "search": {"by": "grid"}}
+        path = make_search(tmp_path, tasks=2, changes={"ray.address": address}, **values)
+        search = opened(path)
+        assert room_for(search.courses.base.config) == 1  # a pool's actor, and a task that reads
+        run_search(search, tell=lambda _: None)
+        states = [trial.state for trial in search.plan().ledger.of("trial")]
+        assert states == ["finished", "finished"]
+        kept = {file.name for file in (tmp_path / "store/searches/weights").iterdir()}
+        assert kept == {"search.json", "entries"} or kept == {"search.json", "entries", ".lease"}
+        assert settled(3.0) == 3.0
+        for changes, told in (
+            ({"train.workers": 8}, "the stream needs 8 CPUs at once and the Ray cluster has 3"),
+            ({"name": "other"}, "driver_resource: no node has 'nowhere'"),
+        ):
+            values["changes"] = {"ray.address": address} | changes
+            other = make_search(
+                tmp_path, tasks=2, name=f"s{len(told)}", driver_resource="nowhere", **values
+            )
+            with pytest.raises(ConfigError, match=told):
+                run_search(opened(other), tell=lambda _: None)
+    finally:
+        ray.shutdown()
