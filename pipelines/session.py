@@ -25,7 +25,6 @@ from seekr.errors import ConfigError
 
 # A stage learns its end from the desk; this is how soon a dead worker is noticed. More often costs CPU.
 _TRAIN_POLL_SECONDS = "1"
-_AT_ONCE = 4
 _QUIET_LOGGERS = ("ray.data", "ray.train", "ray.serve", "ray")
 
 
@@ -76,9 +75,6 @@ def _connect(configs: Sequence[StreamConfig], drivers: int) -> None:
         *(math.ceil(other.required_cpus) for other in configs),
     )
     cpus *= drivers
-    # Ray warns of many processes by this number, and here there are as many as there should be.
-    at_once = max(os.cpu_count() or 1, _AT_ONCE * drivers)
-    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(at_once))
     # Not the cluster that somebody has left running on this machine. The dashboard answers Ray
     # Train's cleaner, which otherwise keeps polling after every stage.
     local: dict[str, Any] = {"address": "local", "include_dashboard": True, "dashboard_port": None}
