@@ -10,6 +10,7 @@ import json
 import re
 import runpy
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ import yaml
 from benchmarks.planted_facts.model import word_tokenizer
 from pipelines.cli import app
 from pipelines.config import StreamConfig
+from pipelines.load import load_config
 from pipelines.stream import open_stream
 from seekr.methods import METHODS
 from seekr.methods.seekr import SEEKR
 from seekr.taalm.network import TrainAttention
 from tests.pipelines.documents import ATTENTION, make_documents
 from tests.pipelines.streams import make_stream
+from tune.measures import known_measures
+from tune.search_config import SearchConfig
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("seekr", "pipelines", "tune", "cluster")
@@ -250,6 +254,7 @@ def test_the_readme_names_every_command_and_no_other() -> None:
     commands = {
         command.callback.__name__ for command in app.registered_commands if command.callback
     }
+    commands |= {point.name for point in entry_points(group="seekr.commands")}
     rows = set(re.findall(r"^\| `(\w+)` \|[^|]*\| `seekr ", README, re.MULTILINE))
     assert rows == commands
     named = {word for text in DOCUMENTS for word in re.findall(r"`seekr (\w+)", text.read_text())}
@@ -265,6 +270,16 @@ def test_the_streams_in_the_readme_are_valid() -> None:
     )
     assert set(blocks[1]["method"]) - {"name"} == stated
     assert official.model_fields_set - {"name"} == stated
+
+
+def test_the_search_in_the_documents_is_valid_and_names_every_figure(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "tune.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    search = SearchConfig.model_validate(yaml.safe_load(block))
+    assert set(SearchConfig.model_fields) - {"driver_resource"} == search.model_fields_set
+    path = make_stream(tmp_path, tasks=2, evaluate={"forward_transfer": True})
+    for name in known_measures(load_config(path)):
+        assert f"`{re.sub(r'^score[.].*', 'score.TASK', name)}`" in page
 
 
 def test_links_between_the_documents_lead_somewhere() -> None:
