@@ -275,7 +275,7 @@ def test_a_folder_of_another_search_is_refused_by_name(tmp_path: Path) -> None:
         opened(path)
 
 
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(order=st.lists(st.integers(0, 7), min_size=10, max_size=40), slots=st.integers(1, 6))
 def test_decisions_do_not_depend_on_who_ends_first(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], slots: int
