@@ -32,7 +32,11 @@ PART_COLOURS = {
     "reflection": 2,
     "selection": 3,
 }
-NOT_PARTS = frozenset({"step", "epoch", "learning_rate", "grad_norm", "tokens", "seconds"})
+# What a step's entry holds beside its losses; the second line is `meter`'s.
+NOT_PARTS = frozenset(
+    {"step", "epoch", "learning_rate", "grad_norm", "tokens", "seconds"}
+    | {"tokens_per_second", "memory_bytes", "at", "mfu"}
+)
 DASH = "\N{EN DASH}"
 
 

@@ -232,6 +232,10 @@ def train_files(steps: int, k: int, method: str) -> dict[str, bytes]:
             "grad_norm": 1.0,
             "tokens": 900,
             "seconds": 0.5,
+            "tokens_per_second": 1800.0,
+            "memory_bytes": 1 << 30,
+            "at": 1_795_000_000.0 + n,
+            "mfu": 0.4,
         }
         parts = {"task": task}
         if method == "seekr" and k:

@@ -35,7 +35,7 @@ def test_steps_logged_live_are_not_logged_again_at_the_stages_end(tmp_path: Path
     view = commit_stream(tmp_path / "store", ["sort"], steps=30)
     artifact = next(view.of("train")).artifact
     steps = [
-        {"at": 1000.0 + step["step"]} | step for step in artifact.read_json("history.json")["steps"]
+        step | {"at": 1000.0 + step["step"]} for step in artifact.read_json("history.json")["steps"]
     ]
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     warnings: list[str] = []
