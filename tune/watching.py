@@ -33,7 +33,7 @@ def heartbeat(
     def beat() -> None:
         while not stop.wait(interval):
             try:
-                numbers = ray.get(monitor.snapshot.remote(), timeout=2.0)
+                numbers: Any = ray.get(monitor.snapshot.remote(), timeout=2.0)
             except (ray.exceptions.RayError, TimeoutError):
                 continue
             now = time.time()
