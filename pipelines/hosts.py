@@ -32,7 +32,7 @@ _kept: dict[str, Any] = {}
 _keeping = threading.Lock()
 
 # Sections of a stream that say what actors get.
-Section = Literal["score", "teach", "evaluate", "meta"]
+PoolName = Literal["score", "teach", "evaluate", "meta"]
 Through = Callable[[Dataset], Dataset]
 
 
@@ -60,7 +60,7 @@ class ModelHost:
 
 @contextmanager
 def model_pool(
-    section: Section,
+    section: PoolName,
     kind: type[Any],
     arguments: dict[str, Any],
     stage: str,
@@ -100,7 +100,7 @@ def forget_hosts() -> None:
     _kept.clear()
 
 
-def _kept_host(section: Section, pool: PoolConfig, index: int) -> Any:
+def _kept_host(section: PoolName, pool: PoolConfig, index: int) -> Any:
     name = f"{section}/{pool.cpus:g}/{index}"
     with _keeping:
         if name not in _kept:
@@ -108,7 +108,7 @@ def _kept_host(section: Section, pool: PoolConfig, index: int) -> Any:
         return _kept[name]
 
 
-def _start_host(section: Section, pool: PoolConfig) -> Any:
+def _start_host(section: PoolName, pool: PoolConfig) -> Any:
     titled = type(f"{section.title()}Host", (ModelHost,), {})  # shows in `ps`
     options: dict[str, Any] = {
         "num_cpus": pool.cpus,

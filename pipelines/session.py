@@ -53,17 +53,18 @@ def ray_session(configs: Sequence[StreamConfig], *, drivers: int = 1) -> Iterato
         yield
     finally:
         if mine:
-            _forget()
+            let_go()
             ray.shutdown()
 
 
-def _forget() -> None:
+def let_go() -> None:
+    """End what this process has kept on the cluster for further stages."""
     end_groups()
     forget_hosts()
 
 
 def _connect(configs: Sequence[StreamConfig], drivers: int) -> None:
-    _forget()  # whatever stayed on a cluster that somebody else has ended
+    let_go()  # whatever stayed on a cluster that somebody else has ended
     config = configs[0]
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if config.ray.address is not None:
@@ -81,10 +82,11 @@ def _connect(configs: Sequence[StreamConfig], drivers: int) -> None:
     ray.init(num_cpus=cpus, **local, **quiet)
 
 
-def _check_resources(config: StreamConfig) -> None:
-    total, train = ray.cluster_resources(), config.train
-    pools, general = _pools(config), [config.general] * config.general.asked
-    wanted = {
+def needed_at_once(config: StreamConfig) -> dict[str, float]:
+    """Return how many CPUs and GPUs a cluster must have for each of a stream's stages to fit."""
+    train, pools = config.train, _pools(config)
+    general = [config.general] * config.general.asked
+    return {
         # A pool's actors keep their cores while a task brings them rows.
         "CPU": max(
             train.fewest_workers * train.cpus_per_worker,
@@ -97,7 +99,11 @@ def _check_resources(config: StreamConfig) -> None:
             *(measured.gpus for measured in general),
         ),
     }
-    for name, needed in wanted.items():
+
+
+def _check_resources(config: StreamConfig) -> None:
+    total = ray.cluster_resources()
+    for name, needed in needed_at_once(config).items():
         has = total.get(name, 0.0)
         if needed > has:
             raise ConfigError(

@@ -18,13 +18,11 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from pipelines.hosts import forget_hosts
 from pipelines.provenance import Provenance
 from pipelines.runner import Job, run_stages
-from pipelines.session import ray_session
+from pipelines.session import let_go, ray_session
 from pipelines.stage import StageEvent
 from pipelines.store import Store
-from pipelines.train_group import end_groups
 from seekr.errors import SeekrError
 from tune.plan import Plan, Step
 from tune.watching import BEGUN
@@ -40,7 +38,6 @@ class Parcel:
     jobs: Sequence[Job]
     monitor: Any
     provenance: Provenance
-    parallel: int
     drivers: int
 
 
@@ -75,18 +72,16 @@ class StepDriver(tune.Trainable):
 
     def cleanup(self) -> None:
         """Let go of the processes that were kept for further stages."""
-        end_groups()
-        forget_hosts()
+        let_go()
 
 
 def drive(parcel: Parcel) -> list[str]:
     """Run what is missing of some stages; returns the keys of those that were computed here."""
     ran: list[str] = []
     configs = list({id(job.config): job.config for job in parcel.jobs}.values())
+    parallel = configs[0].ray.parallel_stages
     with ray_session(configs, drivers=parcel.drivers):
-        events = run_stages(
-            parcel.store, parcel.jobs, parcel.monitor, parcel.provenance, parcel.parallel
-        )
+        events = run_stages(parcel.store, parcel.jobs, parcel.monitor, parcel.provenance, parallel)
         for event in events:
             if event is not None:
                 _show(event, parcel.monitor)

@@ -24,7 +24,7 @@ from pipelines.config import StreamConfig
 from pipelines.lease import Lease, holder
 from pipelines.monitor import start_monitor
 from pipelines.provenance import Provenance
-from pipelines.session import ray_session
+from pipelines.session import needed_at_once, ray_session
 from seekr.errors import ConfigError, SeekrError
 from tune.courses import Courses
 from tune.driver import Parcel, PlanSearcher, StepDriver
@@ -149,16 +149,7 @@ def run_search(
 
 def room_for(config: StreamConfig) -> int:
     """Return how many trials the cluster of this process has room for, at least 1."""
-    total, train = ray.cluster_resources(), config.train
-    pools = (config.score, config.teach, config.evaluate)
-    needs = {
-        "CPU": max(
-            train.fewest_workers * train.cpus_per_worker, *(p.actors * p.cpus + 1 for p in pools)
-        ),
-        "GPU": max(
-            train.fewest_workers * train.gpus_per_worker, *(p.actors * p.gpus for p in pools)
-        ),
-    }
+    total, needs = ray.cluster_resources(), needed_at_once(config)
     return max(1, min(int(total.get(kind, 0) // need) for kind, need in needs.items() if need))
 
 
@@ -171,7 +162,6 @@ def _tune(search: Search, plan: Plan, drivers: int, monitor: Any) -> None:
         jobs=(),
         monitor=monitor,
         provenance=Provenance.capture(base.path.parent.absolute()),
-        parallel=base.config.ray.parallel_stages,
         drivers=drivers,
     )
     bundle = {search.config.driver_resource: _A_LITTLE}
