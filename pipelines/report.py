@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from pipelines.figures import MAX_POINTS
@@ -58,17 +58,8 @@ def render_report(views: StreamView | Sequence[StreamView]) -> str:
         raise ValueError("a report needs at least one stream, got none")
     matrices = [view.matrix() for view in streams]
     several = len(streams) > 1
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"shorten": shorten, "breakable": breakable}
-    return environment.get_template("report.html.j2").render(
+    return page_template(TEMPLATES / "report.html.j2").render(
         title=" / ".join(view.name for view in streams),
-        css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
         comparison=comparison(streams, matrices) if several else None,
         knowledge=knowledge_comparison(streams),
         streams=[_sections(view, matrix) for view, matrix in zip(streams, matrices, strict=True)],
@@ -87,7 +78,26 @@ def write_report(views: StreamView | Sequence[StreamView], path: Path) -> Path:
     Returns:
         `path`.
     """
-    html = render_report(views)
+    return write_page(render_report(views), path)
+
+
+def page_template(path: Path) -> Template:
+    """Open the template of a page; everything put in is escaped, and `css` is the reports' style."""
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shorten": shorten, "breakable": breakable}
+    environment.globals["css"] = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(path.name)
+
+
+def write_page(html: str, path: Path) -> Path:
+    """Write a page that appears under its name only when it is whole; returns `path`, whose missing
+    folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".tmp-{path.name}")
     unfinished.write_text(html, encoding="utf-8")

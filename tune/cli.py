@@ -181,7 +181,8 @@ def _run(path: Path, changes: list[str] | None, *, begin: bool, as_json: bool) -
 
 
 def _show(plan: Any, *, as_json: bool) -> None:
-    from tune.tables import confirmation_table, sharing, sharing_line, summary, trials_table
+    from tune.sharing import Sharing
+    from tune.tables import confirmation_table, sharing_line, summary, trials_table
 
     if as_json:
         print(json.dumps(summary(plan), indent=2))
@@ -190,7 +191,7 @@ def _show(plan: Any, *, as_json: bool) -> None:
     if (confirmed := confirmation_table(plan)) is not None:
         out.print(confirmed)
     if plan.ledger.entries:
-        _say(sharing_line(sharing(plan)))
+        _say(sharing_line(Sharing.of_ledger(plan.ledger)))
 
 
 def _say(text: str) -> None:

@@ -18,8 +18,8 @@ from markupsafe import Markup
 
 from pipelines import svg
 from pipelines.svg import number
-from tune.report_words import short_setting
 from tune.spaces import Range
+from tune.words import short_setting
 
 NOT_SET = "not set"
 _TOP, _HEIGHT, _FLOOR = 54.0, 270.0, 46.0

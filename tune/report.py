@@ -11,11 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from pipelines.readable import breakable
-from pipelines.report import TEMPLATES as STREAM_TEMPLATES
+from pipelines.report import page_template, write_page
 from tune.plan import Plan
 from tune.report_confirmation import confirmation_tables
 from tune.report_pictures import (
@@ -35,38 +31,17 @@ from tune.report_tables import (
 )
 from tune.report_trials import references, trial_rows
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATE = Path(__file__).parent / "templates" / "search.html.j2"
 
 
 def render_search(plan: Plan) -> str:
     """Return the report of a search as it stands, whether or not it has ended."""
-    view = View(plan=plan)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = breakable
-    return environment.get_template("search.html.j2").render(
-        css=Markup((STREAM_TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        **_sections(view),
-    )
+    return page_template(TEMPLATE).render(**_sections(View(plan=plan)))
 
 
 def write_search_report(plan: Plan, path: Path) -> Path:
-    """Render and write; the file appears under its name only when it is whole.
-
-    Returns:
-        `path`, whose missing folders are made.
-    """
-    html = render_search(plan)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".tmp-{path.name}")
-    unfinished.write_text(html, encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    """Render and write; the file appears under its name only when it is whole. Returns `path`."""
+    return write_page(render_search(plan), path)
 
 
 def _sections(view: View) -> dict[str, Any]:

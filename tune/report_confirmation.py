@@ -12,7 +12,7 @@ from typing import Any, Final
 from seekr.statistics import mean_and_error
 from tune.ledger import Entry
 from tune.report_tables import View, confirmations
-from tune.report_words import DASH, Wanted, count, difference
+from tune.words import DASH, Wanted, count, difference
 
 _SURE: Final = 2.0  # standard errors
 

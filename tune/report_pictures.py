@@ -16,7 +16,7 @@ from tune.goals import on_front
 from tune.importance import FEWEST, importances, too_little
 from tune.ledger import Entry
 from tune.report_tables import View
-from tune.report_words import Wanted, on_axis
+from tune.words import Wanted, on_axis
 
 _WAYS = {"max": ("up", "right"), "min": ("down", "left")}
 _NONE_YET = "No value is known yet."

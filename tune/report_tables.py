@@ -17,8 +17,10 @@ from tune.ledger import Entry, State
 from tune.measures import Value
 from tune.plan import Plan
 from tune.population import Population
-from tune.report_sharing import Sharing
-from tune.report_words import (
+from tune.rules import Halving
+from tune.search_config import SearchConfig
+from tune.sharing import Sharing
+from tune.words import (
     DASH,
     PLUS_MINUS,
     Wanted,
@@ -30,8 +32,6 @@ from tune.report_words import (
     wanted_of,
     written,
 )
-from tune.rules import Halving
-from tune.search_config import SearchConfig
 
 STATES: tuple[State, ...] = ("finished", "stopped", "failed", "refused", "open")
 _ORDINALS = {1: "1st", 2: "2nd", 3: "3rd"}
@@ -82,8 +82,7 @@ class View:
     @cached_property
     def sharing(self) -> Sharing:
         """The account of compute."""
-        ledger = self.plan.ledger
-        return Sharing.of(list(ledger.entries.values()), ledger.seconds())
+        return Sharing.of_ledger(self.plan.ledger)
 
     def values(self, entry: Entry) -> list[Value] | None:
         """Return what an entry reached of all that is wanted; None if some of it is not known."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from tune.ledger import Entry
 from tune.report_tables import SHOWN, STATES, View
-from tune.report_words import DASH, Wanted, count, difference, figure_name, short_setting
+from tune.words import DASH, Wanted, count, difference, figure_name, short_setting
 
 
 def references(view: View) -> list[dict[str, Any]]:

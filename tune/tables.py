@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
+from pipelines.readable import duration
 from tune.ledger import Entry
 from tune.plan import Plan, title
+from tune.sharing import KINDS, Sharing
+from tune.words import figure_name, short_setting, with_error
 
 _COLOURS = {"finished": "green", "open": "yellow", "stopped": "dim", "failed": "red"}
 
@@ -22,13 +25,15 @@ def trials_table(plan: Plan) -> Table:
         table.add_column(field.rpartition(".")[2], justify="right")
     table.add_column("tasks", justify="right")
     for name in _columns(plan):
-        table.add_column(name, justify="right")
+        table.add_column(figure_name(name), justify="right")
     table.add_column("state")
     best = {entry.key for entry in plan.best()[:1]}
     for entry in [*plan.ledger.of("reference"), *plan.ledger.of("trial")]:
         settings = {**(entry.learnt[-1] if entry.learnt else {}), **entry.settings}
         cells = [title(entry)]
-        cells += [short(settings[field]) if field in settings else "" for field in search.space]
+        cells += [
+            short_setting(settings[field]) if field in settings else "" for field in search.space
+        ]
         cells.append(f"{entry.tasks}/{steps}")
         cells += [_figure(entry, name) for name in _columns(plan)]
         cells.append(f"[{_COLOURS.get(entry.state, 'red')}]{_state(plan, entry)}[/]")
@@ -46,7 +51,7 @@ def confirmation_table(plan: Plan) -> Table | None:
     table = Table(title=f"once more, on {order}; seeds {seeds}", title_justify="left")
     table.add_column("what")
     for name in _columns(plan):
-        table.add_column(name, justify="right")
+        table.add_column(figure_name(name), justify="right")
     for entry in entries:
         name = title(entry).removeprefix("confirming ")
         table.add_row(name, *[_figure(entry, column) for column in _columns(plan)])
@@ -55,10 +60,11 @@ def confirmation_table(plan: Plan) -> Table | None:
 
 def summary(plan: Plan) -> dict[str, Any]:
     """Return all of it for a program to read."""
+    account = Sharing.of_ledger(plan.ledger)
     return {
         "search": plan.search.name,
         "best": [entry.key for entry in plan.best()],
-        "sharing": sharing(plan),
+        "sharing": {**asdict(account), "saved": account.saved},
         "entries": [
             {
                 "key": entry.key,
@@ -66,7 +72,7 @@ def summary(plan: Plan) -> dict[str, Any]:
                 "reason": entry.reason,
                 "settings": entry.settings,
                 "learnt": list(entry.learnt),
-                "copied": [{"tasks": c.tasks, "source": c.source} for c in entry.copied],
+                "copied": [asdict(copied) for copied in entry.copied],
                 "order": entry.order,
                 "seeds": list(entry.seeds),
                 "results": [
@@ -77,46 +83,20 @@ def summary(plan: Plan) -> dict[str, Any]:
                     for result in entry.results
                 ],
             }
-            for kind in ("reference", "trial", "confirm")
+            for kind in KINDS
             for entry in plan.ledger.of(kind)
         ],
     }
 
 
-def sharing(plan: Plan) -> dict[str, float]:
-    """Return what was spent, what trials would have cost alone, in seconds, and how often stages ran.
-
-    `computed` counts how often a stage was computed, `stages` how many there are: equal if none was
-    computed twice.
-    """
-    seconds, entries = plan.ledger.seconds(), list(plan.ledger.entries.values())
-    alone = sum(seconds.get(key, 0.0) for entry in entries for key in entry.stages)
-    spent = sum(seconds.values())
-    return {
-        "seconds": spent,
-        "seconds_alone": alone,
-        "share": spent / alone if alone else 1.0,
-        "stages": len({key for entry in entries for key in entry.stages}),
-        "asked_for": sum(len(entry.stages) for entry in entries),
-        "computed": sum(len(result.ran) for entry in entries for result in entry.results),
-    }
-
-
-def sharing_line(found: Mapping[str, float]) -> str:
-    """Return that as a sentence."""
+def sharing_line(sharing: Sharing) -> str:
+    """Return what sharing saved, as a sentence."""
+    alone, spent = sum(sharing.alone.values()), sum(sharing.spent.values())
+    share = spent / alone if alone else 1.0
     return (
-        f"{found['stages']:.0f} stages stood for {found['asked_for']:.0f}: {found['seconds']:.0f} s "
-        f"instead of {found['seconds_alone']:.0f} s ({found['share']:.0%})"
+        f"{sharing.stages} stages stood for {sharing.asked}: {duration(spent)} instead of "
+        f"{duration(alone)} ({share:.0%})"
     )
-
-
-def short(value: Any) -> str:
-    """Return a setting as a few characters."""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, dict):
-        return str(value.get("name", value))
-    return "null" if value is None else str(value)
 
 
 def _columns(plan: Plan) -> list[str]:
@@ -131,12 +111,7 @@ def _columns(plan: Plan) -> list[str]:
 
 def _figure(entry: Entry, name: str) -> str:
     value = entry.figures.get(name)
-    if value is None:
-        return ""
-    # Scores are shares; shown as the points that papers give.
-    factor = 100 if abs(value.mean) <= 1 and name not in ("seconds", "replay_bytes") else 1
-    error = "" if value.error is None else f" ± {factor * value.error:.1f}"
-    return f"{factor * value.mean:,.1f}{error}"
+    return "" if value is None else with_error(name, value.mean, value.error)
 
 
 def _state(plan: Plan, entry: Entry) -> str:

@@ -24,6 +24,7 @@ from pipelines.workspace import Workspace
 from tests.pipelines.streams import make_stream
 from tune.plan import Plan, Step
 from tune.search import Search, open_search
+from tune.sharing import KINDS
 
 FIRST = 0.8
 FORGET = 0.005
@@ -138,7 +139,7 @@ def table(plan: Plan) -> list[tuple[Any, ...]]:
             tuple((r.tasks, {n: v.mean for n, v in r.figures.items() if n in ("op", "bwt")}, r.stages)
                   for r in entry.results),
         )
-        for kind in ("reference", "trial", "confirm")
+        for kind in KINDS
         for entry in plan.ledger.of(kind)
     ]  # fmt: skip
 

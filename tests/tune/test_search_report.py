@@ -28,8 +28,10 @@ from tune.measures import Value
 from tune.plan import Plan
 from tune.report import render_search, write_search_report
 from tune.report_confirmation import compared
-from tune.report_sharing import Sharing
-from tune.report_words import (
+from tune.search import open_search
+from tune.sharing import Sharing
+from tune.spaces import Range
+from tune.words import (
     difference,
     field_names,
     setting_change,
@@ -37,8 +39,6 @@ from tune.report_words import (
     with_error,
     written,
 )
-from tune.search import open_search
-from tune.spaces import Range
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 MINUS, PLUS_MINUS = "\N{MINUS SIGN}", "\N{PLUS-MINUS SIGN}"

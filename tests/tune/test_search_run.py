@@ -24,7 +24,7 @@ from tests.pipelines.running import end_shared_cluster, shared_cluster
 from tests.tune.searching import WEIGHT, computed, make_search, opened, table
 from tune.plan import Plan
 from tune.search import room_for, run_search
-from tune.tables import sharing
+from tune.sharing import Sharing
 from tune.tracking import SearchTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -119,10 +119,10 @@ def test_what_trials_share_was_computed_once_side_by_side(done: Done) -> None:
         str(path.parent.relative_to(store.location.root)) for path in find_records(done.path.parent)
     }
     assert set(keys) == files
-    found = sharing(done.plan)
-    assert found["stages"] == found["computed"] == len(keys) < found["asked_for"]
+    found = Sharing.of_ledger(done.plan.ledger)
+    assert found.stages == found.computed == len(keys) < found.asked and found.again == 0
     # Three of five trials at most learn the third task, and the first is learnt once.
-    assert found["share"] < 0.6
+    assert found.saved is not None and found.saved > 0.4
 
 
 def find_records(folder: Path) -> list[Path]:

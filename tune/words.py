@@ -1,4 +1,4 @@
-"""How a search's figures, fields and settings are called and written, in its report.
+"""How a search's figures, fields and settings are called and written, in its report and on the terminal.
 
 A figure knows its unit by its name: scores are shares and written in per cent, times and sizes for people,
 anything else (a weighted sum, another program's metric) as a plain number. Differences carry a sign.
