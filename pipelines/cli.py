@@ -297,6 +297,8 @@ def main() -> None:
     """Run the command line; turns the product's errors into a message and an exit code."""
     # A thread that is left behind when a run ends must not start another Ray.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    # Ray warns of many processes on few cores; a local cluster has more stages than cores on purpose.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
     for point in importlib.metadata.entry_points(group="seekr.commands"):
         app.add_typer(point.load(), name=point.name)
     try:
