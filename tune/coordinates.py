@@ -7,7 +7,6 @@ hold has no value: below its axis, with a gap between, there is a position for t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,17 +60,11 @@ class Thread:
 def place(allowed: Range, value: Any) -> float:
     """Return where a value lies along the axis of its range, from 0 to 1."""
     if allowed.choice is not None:
-        return _position(position(allowed.choice, value), len(allowed.choice))
+        return _position(allowed.coded(value), len(allowed.choice))
     low, high = allowed.corners()
     if allowed.logarithmic:
         low, high, value = math.log(low), math.log(high), math.log(value)
     return min(max((value - low) / (high - low), 0.0), 1.0)
-
-
-def position(choice: Sequence[Any], value: Any) -> int:
-    """Return which of the choices a value is, compared as the ledger holds them."""
-    held = [json.dumps(one, sort_keys=True, default=str) for one in choice]
-    return held.index(json.dumps(value, sort_keys=True, default=str))
 
 
 def axis_of(allowed: Range, title: str) -> Axis:

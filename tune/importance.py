@@ -9,19 +9,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-from tune.coordinates import position
-from tune.spaces import Range, Settings, Space
+from tune.spaces import Settings, Space
 
 FEWEST = 8
 BEST = 0.25
@@ -50,8 +42,8 @@ def importances(
         fields = [field for field in space if field in own]
         study.add_trial(
             optuna.trial.create_trial(
-                params={field: _param(space[field], own[field]) for field in fields},
-                distributions={field: _distribution(space[field]) for field in fields},
+                params={field: space[field].coded(own[field]) for field in fields},
+                distributions={field: space[field].distribution() for field in fields},
                 value=value,
             )
         )
@@ -73,22 +65,3 @@ def importances(
 
 def _varied(field: str, settings: Sequence[Settings]) -> bool:
     return len({repr(own.get(field)) for own in settings}) > 1
-
-
-def _distribution(allowed: Range) -> BaseDistribution:
-    if allowed.choice is not None:
-        return CategoricalDistribution(range(len(allowed.choice)))
-    if allowed.integers is not None:
-        return IntDistribution(0, (allowed.integers[1] - allowed.integers[0]) // allowed.step)
-    low, high = allowed.corners()
-    return FloatDistribution(low, high, log=allowed.logarithmic)
-
-
-def _param(allowed: Range, value: Any) -> Any:
-    """Return a value as Optuna holds it: choices by position, integers by steps."""
-    if allowed.choice is not None:
-        return position(allowed.choice, value)
-    low, high = allowed.corners()
-    if allowed.integers is not None:
-        return min(round((value - low) / allowed.step), (high - low) // allowed.step)
-    return min(max(float(value), float(low)), float(high))

@@ -8,6 +8,7 @@ a field whose condition does not hold is left as the stream has it. Choices are 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import operator
 import re
@@ -109,7 +110,7 @@ class Range(Section):
         if self.log_uniform is not None:
             return trial.suggest_float(field, *self.log_uniform, log=True)
         if self.integers is not None:
-            return trial.suggest_int(field, *self.integers, step=self.step)
+            return trial.suggest_int(field, *self._steps(self.integers), step=self.step)
         assert self.choice is not None
         # By position: a choice may hold what a database of trials does not, such as a section.
         return self.choice[trial.suggest_categorical(field, list(range(len(self.choice))))]
@@ -121,12 +122,17 @@ class Range(Section):
         if self.log_uniform is not None:
             return FloatDistribution(*self.log_uniform, log=True)
         if self.integers is not None:
-            return IntDistribution(*self.integers, step=self.step)
+            return IntDistribution(*self._steps(self.integers), step=self.step)
         return CategoricalDistribution(list(range(len(self.choice or ()))))
 
     def coded(self, value: Any) -> Any:
-        """Return a value as `draw` has Optuna see it: a choice by its position."""
-        return self.choice.index(value) if self.choice is not None else value
+        """Return a value as `draw` has Optuna see it: a choice by its position.
+
+        Choices are compared as a ledger holds them, so true is not 1 and a tuple is a list.
+        """
+        if self.choice is None:
+            return value
+        return [_held(one) for one in self.choice].index(_held(value))
 
     def corners(self) -> tuple[Any, ...]:
         """Return values by which a field is tried before anything runs: the ends, or all choices."""
@@ -142,7 +148,7 @@ class Range(Section):
         """Return a value a little further up or down: scaled within a range, the next of a choice."""
         values = self.choice
         if values is not None:
-            where = values.index(value) + (1 if up else -1)
+            where = self.coded(value) + (1 if up else -1)
             return values[min(max(where, 0), len(values) - 1)]
         low, high = self.corners()
         moved = value * factor if up else value / factor
@@ -150,8 +156,12 @@ class Range(Section):
             stepped = low + round((moved - low) / self.step) * self.step
             if stepped == value:
                 stepped = value + (self.step if up else -self.step)
-            return min(max(stepped, low), low + (high - low) // self.step * self.step)
+            return min(max(stepped, low), self._steps(self.integers)[1])
         return min(max(moved, low), high)
+
+    def _steps(self, ends: tuple[int, int]) -> tuple[int, int]:
+        """Return the first and the last integer that steps from the first one reach."""
+        return ends[0], ends[0] + (ends[1] - ends[0]) // self.step * self.step
 
     @property
     def logarithmic(self) -> bool:
@@ -225,6 +235,10 @@ def satisfying(space: Space, field: str) -> dict[str, Any] | None:
         fixed[name] = good
         needed = space[name].when
     return fixed
+
+
+def _held(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _comparable(found: Any, how: str, value: Any) -> bool:

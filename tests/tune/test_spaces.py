@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import optuna
@@ -60,6 +61,33 @@ def test_a_field_is_tried_where_the_fields_above_let_it_be() -> None:
     assert satisfying(CONDITIONAL, "shift") == {"weight": 100.0, "heads": 1}
     never = CONDITIONAL | {"never": Range(uniform=(0, 1), when="heads > 4")}
     assert satisfying(never, "never") is None
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        Range(choice=(1, True, 1.0, "1", None)),
+        Range(choice=({"a": [1, 2]}, {"a": [1, True]}, [0, 1], [False, 1])),
+        Range(integers=(1, 10), step=4),
+        Range(uniform=(0, 2)),
+        Range(log_uniform=(0.1, 100)),
+    ],
+)
+def test_what_was_drawn_is_known_again_when_a_ledger_has_held_it(allowed: Range) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        trial = study.ask()
+        held = json.loads(json.dumps(allowed.draw("x", trial)))
+        assert allowed.coded(held) == trial.params["x"]
+        assert trial.distributions["x"] == allowed.distribution()
+
+
+def test_true_and_one_are_different_choices_with_neighbours_of_their_own() -> None:
+    allowed = Range(choice=(1, "between", True, "last"))
+    assert [allowed.coded(value) for value in (1, True)] == [0, 2]
+    assert allowed.moved(True, 2.0, up=True) == "last"
+    assert allowed.moved(1, 2.0, up=True) == "between"
 
 
 @pytest.mark.parametrize(
