@@ -10,6 +10,7 @@ import difflib
 import re
 import types
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -42,6 +43,30 @@ _SOURCE_FIELD = re.compile(
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """What a YAML file says, as errors speak of it.
+
+    Attributes:
+        fields: those that it cannot do without.
+        example: an override.
+        schema: the command that prints its schema.
+    """
+
+    name: str
+    fields: str
+    example: str
+    schema: str
+
+
+STREAM = Kind(
+    name="stream",
+    fields="name, model, method and tasks",
+    example="train.epochs=2",
+    schema="seekr schema",
+)
+
+
 def load_config(
     path: Path, overrides: Sequence[str] = (), settings: Mapping[str, Any] | None = None
 ) -> StreamConfig:
@@ -55,12 +80,12 @@ def load_config(
     Raises:
         ConfigError: naming every field that is wrong.
     """
-    values = _read(path)
+    values = read_mapping(path)
     _resolve(values, path.parent.absolute())
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     for dotted, value in (settings or {}).items():
-        _put(values, dotted, value, f"{dotted}={_short(value)}")
+        put(values, dotted, value)
     config = _validate(values, path)
     root = config.data_root or path.parent.absolute()
     return _placed(config, root)
@@ -109,19 +134,25 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, kind: Kind = STREAM) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: there is no such file, or it is not YAML, has a key twice or holds no mapping.
+    """
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"stream {path} {found}; give the path of a stream's YAML file")
+        raise ConfigError(f"{kind.name} {path} {found}; give the path of a {kind.name}'s YAML file")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"stream {path} is not valid YAML{_place(error)}; correct it") from error
+        raise ConfigError(
+            f"{kind.name} {path} is not valid YAML{_place(error)}; correct it"
+        ) from error
     if not isinstance(values, dict):
         found = "is empty" if values is None else f"holds {_short(values)}"
         raise ConfigError(
-            f"stream {path} {found}; a mapping with name, model, method and tasks is needed: see "
-            "`seekr schema`"
+            f"{kind.name} {path} {found}; a mapping with {kind.fields} is needed: see `{kind.schema}`"
         )
     return values
 
@@ -141,12 +172,17 @@ def _resolve(values: dict[str, Any], folder: Path) -> None:
             holder[leaf] = str(folder / Path(holder[leaf]).expanduser())
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str, kind: Kind = STREAM) -> None:
+    """Lay `field.name=value` with a YAML value over a file's values, as `put` does.
+
+    Raises:
+        ConfigError: it is not of that form, or there is no such place.
+    """
     dotted, found, text = override.partition("=")
     if not found or not dotted:
         raise ConfigError(
             f"--set {override!r} is not understood; write --set field.name=value, such as "
-            "--set train.epochs=2"
+            f"--set {kind.example}"
         )
     try:
         value = yaml.load(text, _Loader)
@@ -155,22 +191,39 @@ def _apply(values: dict[str, Any], override: str) -> None:
             f"--set {override!r}: the value is not valid YAML{_place(error)}; put text with "
             "special characters in quotes"
         ) from error
-    _put(values, dotted, value, override)
+    put(values, dotted, value, override, kind)
 
 
-def _put(values: dict[str, Any], dotted: str, value: Any, override: str) -> None:
+def put(
+    values: dict[str, Any],
+    dotted: str,
+    value: Any,
+    override: str | None = None,
+    kind: Kind = STREAM,
+) -> None:
+    """Lay a value over a file's values; sections on the way to it are made, list items must be there.
+
+    A path is taken from the current folder.
+
+    Args:
+        override: how the user wrote it, if not like this.
+
+    Raises:
+        ConfigError: there is no such list item, or what is above it is no section.
+    """
+    override = override or f"{dotted}={_short(value)}"
     is_path = dotted in PATH_FIELDS or _SOURCE_FIELD.fullmatch(dotted)
     if is_path and isinstance(value, str) and value and "://" not in value:
         value = str(Path(value).expanduser().absolute())
     holder: Any = values
     *parents, leaf = dotted.split(".")
     for parent in parents:
-        holder = _child(holder, parent, override)
-    _child(holder, leaf, override)
+        holder = _child(holder, parent, override, kind)
+    _child(holder, leaf, override, kind)
     holder[int(leaf) if isinstance(holder, list) else leaf] = value
 
 
-def _child(holder: Any, key: str, override: str) -> Any:
+def _child(holder: Any, key: str, override: str, kind: Kind) -> Any:
     if isinstance(holder, list):
         if not key.isdigit() or int(key) >= len(holder):
             allowed = f"0..{len(holder) - 1}" if holder else "nothing, the list is empty"
@@ -182,7 +235,7 @@ def _child(holder: Any, key: str, override: str) -> Any:
     if not isinstance(holder, dict):
         raise ConfigError(
             f"--set {override!r}: there is nothing below {_short(holder)}, so no {key!r} either; "
-            "check the name with `seekr schema`"
+            f"check the name with `{kind.schema}`"
         )
     if holder.get(key) is None:
         holder[key] = {}

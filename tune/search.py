@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from pydantic import ValidationError
 from ray import tune
 from ray.tune import TuneConfig
 
 from pipelines.config import StreamConfig
 from pipelines.lease import Lease, holder
+from pipelines.load import Kind, apply_override, read_mapping
 from pipelines.monitor import start_monitor
 from pipelines.provenance import Provenance
 from pipelines.session import needed_at_once, ray_session
@@ -39,6 +39,13 @@ _LOCAL_TRIALS = 2
 _ATTEMPTS = 3
 _A_LITTLE = 0.001  # of a resource that says where a driver may be
 _SCRATCH = "ray-tune"
+_BY_STREAM_FIELD = ("changes", "space", "references")
+_FILE = Kind(
+    name="search",
+    fields="name, stream, space and trials",
+    example="concurrent=4",
+    schema="seekr tune schema",
+)
 Tell = Callable[[str], None]
 
 
@@ -59,20 +66,15 @@ def load_search(path: Path, changes: Sequence[str] = ()) -> SearchConfig:
     """Read a search's YAML; its paths are relative to it.
 
     Args:
-        changes: `field=value` with a YAML value, for fields of the search at the top.
+        changes: `field=value` with a YAML value; `goal.metric=bwt` changes one field of a section.
 
     Raises:
         ConfigError: naming every field that is wrong.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"search {path} cannot be read as YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"search {path}: a mapping with name, stream, space and trials is needed")
+    values = read_mapping(path, _FILE)
     for change in changes:
-        field, _, text = change.partition("=")
-        values[field] = yaml.safe_load(text)
+        _check_change(change)
+        apply_override(values, change, _FILE)
     if isinstance(values.get("stream"), str):
         values["stream"] = str(path.parent.absolute() / Path(values["stream"]).expanduser())
     try:
@@ -80,6 +82,16 @@ def load_search(path: Path, changes: Sequence[str] = ()) -> SearchConfig:
     except ValidationError as error:
         lines = [f"search {path} cannot be run:", *complaints(error)]
         raise ConfigError("\n".join(lines)) from error
+
+
+def _check_change(change: str) -> None:
+    """Refuse a change below what is named by fields of the stream, which have dots of their own."""
+    section, below, _ = change.partition("=")[0].partition(".")
+    if below and section in _BY_STREAM_FIELD:
+        raise ConfigError(
+            f"--set {change!r}: {section} is changed as a whole, as the names in it are fields of the "
+            f"stream: --set '{section}={{...}}'"
+        )
 
 
 def open_search(

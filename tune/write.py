@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.load import PATH_FIELDS
+from pipelines.load import PATH_FIELDS, put, read_mapping
 from seekr.errors import ConfigError
 from tune.ledger import Entry
 from tune.plan import Plan
@@ -27,9 +27,9 @@ def best_stream(plan: Plan, entry: Entry, target: Path) -> str:
             "without pbt"
         )
     source = plan.courses.path
-    values = yaml.safe_load(source.read_text(encoding="utf-8"))
+    values = read_mapping(source)
     for field, value in (plan.search.changes | entry.settings).items():
-        _put(values, field, value)
+        put(values, field, value)
     _move(values, source.parent.absolute(), target.parent.absolute())
     head = (
         f"# Trial {entry.number} of search {plan.search.name}: "
@@ -40,20 +40,6 @@ def best_stream(plan: Plan, entry: Entry, target: Path) -> str:
 
 def _changes(entry: Entry) -> str:
     return ", ".join(str(copied.tasks) for copied in entry.copied)
-
-
-def _put(values: dict[str, Any], field: str, value: Any) -> None:
-    *parents, leaf = field.split(".")
-    holder: Any = values
-    for parent in parents:
-        holder = holder[int(parent)] if isinstance(holder, list) else _child(holder, parent)
-    holder[int(leaf) if isinstance(holder, list) else leaf] = value
-
-
-def _child(holder: dict[str, Any], name: str) -> Any:
-    if holder.get(name) is None:
-        holder[name] = {}
-    return holder[name]
 
 
 def _move(values: dict[str, Any], before: Path, after: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from seekr.errors import ConfigError
 from tests.tune.searching import SPACE, make_search, opened
-from tune.search import open_search
+from tune.search import load_search, open_search
 
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a field that does not exist": (
@@ -101,6 +101,59 @@ def test_it_is_refused_by_name(tmp_path: Path, name: str) -> None:
     for text in told:
         assert text in str(refused.value)
     assert not list((tmp_path / "store").rglob("*.json")), "something was written"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("trials", "--set 'trials' is not understood; write --set field.name=value, such as"),
+        ("=4", "--set '=4' is not understood; .* --set concurrent=4"),
+        ("seeds=[1", r"--set 'seeds=\[1': the value is not valid YAML at line 1"),
+        ("goal={metric: op, metric: bwt}", "the value is not valid YAML .*'metric' occurs twice"),
+        ("trials.most=4", "there is nothing below 8, so no 'most' .* `seekr tune schema`"),
+        ("goal.metrik=op", "goal.metrik: unknown field"),
+        ("seeds.3=1", "'3' is not an item of a list of 1; allowed: 0..0"),
+        ("changes.train.epochs=2", r"changes is changed as a whole.*--set 'changes=\{\.\.\.\}'"),
+        ("space.train.epochs.choice=[1, 2]", "space is changed as a whole"),
+        ("references.plain.train.epochs=2", "references is changed as a whole"),
+    ],
+)
+def test_a_change_on_the_command_line_that_cannot_be_is_refused(
+    tmp_path: Path, change: str, told: str
+) -> None:
+    path = make_search(tmp_path, seeds=[0], goal={"metric": "op"})
+    with pytest.raises(ConfigError, match=told):
+        load_search(path, [change])
+
+
+def test_a_change_on_the_command_line_reaches_into_a_section(tmp_path: Path) -> None:
+    path = make_search(tmp_path, seeds=[0, 1])
+    changes = ["search.by=tpe", "search.startup=3", "goal.metric=bwt", "seeds.1=7"]
+    found = load_search(path, changes)
+    assert (found.search.by, found.search.startup) == ("tpe", 3)
+    assert (found.goal.metric, found.seeds) == ("bwt", (0, 7))
+    whole = load_search(path, ["changes={train.epochs: 2}", "trials=3"])
+    assert (whole.changes, whole.trials) == ({"train.epochs": 2}, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: a\ntrials: 3\nname: b\n", "line 3, column 1: the key 'name' occurs twice"),
+        ("space:\n  train.epochs: {choice: [1]}\n  train.epochs: {choice: [2]}\n",
+         "line 3, column 3: the key 'train.epochs' occurs twice"),
+        ("name: [", "is not valid YAML at line 1"),
+        ("", "is empty; a mapping with name, stream, space and trials is needed"),
+        ("- name", r"holds \['name'\]; a mapping with name, stream"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_search_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "search.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"^search .*search\.yaml .*{told}"):
+        load_search(path)
+    with pytest.raises(ConfigError, match=r"^search .*no\.yaml does not exist"):
+        load_search(tmp_path / "no.yaml")
 
 
 def test_all_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
