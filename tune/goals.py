@@ -15,8 +15,7 @@ from typing import Any
 from pydantic import field_validator, model_validator
 
 from pipelines.section import Section
-from seekr.statistics import mean_and_error
-from tune.measures import Direction, Figures, Measure
+from tune.measures import Direction, Figures, Measure, Value
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _CONSTRAINT = re.compile(
@@ -65,25 +64,31 @@ class Goal(Section):
 
     def values(self, figures: Figures) -> tuple[float, ...] | None:
         """Return its values, one or as many as there are figures in `pareto`; None before all are known."""
-        if any(name not in figures for name in self.measures):
-            return None
-        if self.weights is not None:
-            return (sum(weight * figures[name].mean for name, weight in self.weights.items()),)
-        return tuple(figures[name].mean for name in self.measures)
+        found = self._over_seeds(figures)
+        return None if found is None else tuple(value.mean for value in found)
 
     def error(self, figures: Figures) -> float | None:
         """Return the standard error of the first value over seeds; None with one seed."""
-        own = [figures[name] for name in self.measures if name in figures]
-        if not own or own[0].error is None:
+        found = self._over_seeds(figures)
+        return None if found is None else found[0].error
+
+    def _over_seeds(self, figures: Figures) -> tuple[Value, ...] | None:
+        if self.weights is not None:
+            total = weighted(self.weights, figures)
+            return None if total is None else (total,)
+        if any(name not in figures for name in self.measures):
             return None
-        if self.weights is None:
-            return own[0].error
-        weights = list(self.weights.values())
-        sums = [
-            sum(w * v for w, v in zip(weights, values, strict=True))
-            for values in zip(*(value.values for value in own), strict=True)
-        ]
-        return mean_and_error(sums)[1]
+        return tuple(figures[name] for name in self.measures)
+
+
+def weighted(weights: Mapping[str, float], figures: Figures) -> Value | None:
+    """Return a sum of figures, each times its weight, seed by seed; None before all are known."""
+    if any(name not in figures for name in weights):
+        return None
+    seeds = zip(*(figures[name].values for name in weights), strict=True)
+    return Value.of(
+        [sum(w * v for w, v in zip(weights.values(), values, strict=True)) for values in seeds]
+    )
 
 
 class Constraint(Section):

@@ -20,6 +20,7 @@ from tune.measures import Measure, figures_of, known_measures
 from tune.population import Population, copies
 from tune.proposals import Outcome, Proposals
 from tune.rules import decide
+from tune.words import count
 
 Tell = Callable[[str], None]
 
@@ -51,7 +52,6 @@ class Plan:
         self._proposals = Proposals(
             self.search.space,
             self.search.search.by,
-            self.search.goal,
             self.directions,
             seed=self.search.seed,
             startup=self.search.search.startup,
@@ -209,10 +209,9 @@ class Plan:
                                seeds=self.search.seeds))  # fmt: skip
 
     def _outcome(self, entry: Entry) -> Outcome:
-        values = self.search.goal.values(entry.figures) if entry.state != "refused" else None
         failed = entry.state in ("failed", "refused")
         return Outcome(
-            values=None if failed else values,
+            values=None if failed else self.search.goal.values(entry.figures),
             tasks=entry.tasks,
             whole=entry.state == "finished",
             missed=tuple(min(short, 1e9) for short in self.missed(entry)),
@@ -228,26 +227,25 @@ class Plan:
     def _decide(self, entry: Entry) -> Entry:
         """Return the entry with the decision after its newest task made, if it can be."""
         rule = self.search.scheduler
-        if entry.decided == entry.tasks or entry.tasks == 0:
+        # Without a rule there is nothing to decide, and a population decides for all members at once.
+        if rule is None or isinstance(rule, Population) or entry.decided == entry.tasks:
             return entry
-        if isinstance(rule, Population):  # decided for all members at once
+        lower = [e for e in self._trials() if e.number < entry.number]
+        if len(lower) < entry.number:
             return entry
-        if rule is not None:
-            lower = [e for e in self._trials() if e.number < entry.number]
-            if len(lower) < entry.number:
-                return entry
-            earlier = [self._value_after(other, entry.tasks) for other in lower]
-            own = self._value_after(entry, entry.tasks)
-            assert own is not None
-            decision = decide(rule, entry.tasks, own, earlier)
-            if decision == "wait":
-                return entry
-            if decision == "stop":
-                known = sum(value is not None and not math.isnan(value) for value in earlier)
-                why = f"not among the best of {known + 1} after {entry.tasks} tasks ({rule.by})"
-                self._tell(f"{title(entry)}: stopped, {why}")
-                return self.ledger.put(replace(entry, decided=entry.tasks).ended_as("stopped", why))
-        return self.ledger.put(replace(entry, decided=entry.tasks))
+        earlier = [self._value_after(other, entry.tasks) for other in lower]
+        own = self._value_after(entry, entry.tasks)
+        assert own is not None
+        decision = decide(rule, entry.tasks, own, earlier)
+        if decision == "wait":
+            return entry
+        entry = replace(entry, decided=entry.tasks)
+        if decision == "stop":
+            known = sum(value is not None and not math.isnan(value) for value in earlier)
+            why = f"{rule.reason(known)} after {count(entry.tasks, 'task')} ({rule.by})"
+            self._tell(f"{title(entry)}: stopped, {why}")
+            entry = entry.ended_as("stopped", why)
+        return self.ledger.put(entry)
 
     def _exploit(self, rule: Population) -> None:
         """Once all members have learnt as many tasks, let the worst go on from the best."""

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import TrialState
 
-from tune.goals import Goal
 from tune.measures import Direction
 from tune.spaces import Settings, Space, draw, grid
 
@@ -54,7 +53,6 @@ class Proposals:
         self,
         space: Space,
         by: By,
-        goal: Goal,
         directions: tuple[Direction, ...],
         *,
         seed: int,
@@ -62,7 +60,7 @@ class Proposals:
         lag: int,
         constrained: bool,
     ) -> None:
-        self._space, self._by, self._goal, self._lag = space, by, goal, lag
+        self._space, self._by, self._lag = space, by, lag
         self._grid = list(grid(space)) if by == "grid" else []
         self._settings: list[dict[str, Any]] = []
         self._other: set[int] = (

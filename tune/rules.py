@@ -17,6 +17,7 @@ from typing import Literal
 from pydantic import Field
 
 from pipelines.section import Section
+from tune.words import count
 
 Decision = Literal["go on", "stop", "wait"]
 
@@ -35,6 +36,10 @@ class Halving(Section):
         better = sum(value > own for value in earlier)
         return better < math.ceil((len(earlier) + 1) / self.reduction)
 
+    def reason(self, others: int) -> str:
+        """Return why a value is not kept beside so many earlier ones."""
+        return f"not among the best of {others + 1}"
+
 
 class Median(Section):
     """Median stopping: a trial below the median of earlier ones after the same task ends."""
@@ -48,6 +53,10 @@ class Median(Section):
     def keeps(self, own: float, earlier: Sequence[float]) -> bool:
         """Return whether a value is not below the median of the earlier ones."""
         return len(earlier) < self.at_least or own >= statistics.median(earlier)
+
+    def reason(self, others: int) -> str:
+        """Return why a value is not kept beside so many earlier ones."""
+        return f"below the median of {count(others, 'earlier trial')}"
 
 
 Rule = Halving | Median

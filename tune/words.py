@@ -15,7 +15,7 @@ import yaml
 
 from pipelines.readable import MINUS, duration, size
 from pipelines.svg import shorten
-from tune.goals import Goal
+from tune.goals import Goal, weighted
 from tune.measures import Direction, Figures, Measure, Value
 
 PLUS_MINUS: Final = "\N{PLUS-MINUS SIGN}"
@@ -62,13 +62,8 @@ class Wanted:
 
     def of(self, figures: Figures) -> Value | None:
         """Return its value, summed up seed by seed; None if it is not known, or not a finite number."""
-        if self.weights is None:
-            found = figures.get(self.measure)
-        elif any(name not in figures for name in self.weights):
-            found = None
-        else:
-            seeds = zip(*(figures[name].values for name in self.weights), strict=True)
-            found = Value.of([_dot(self.weights.values(), values) for values in seeds])
+        weights = self.weights
+        found = weighted(weights, figures) if weights else figures.get(self.measure)
         return found if found is not None and math.isfinite(found.mean) else None
 
     def written(self, value: Value | None) -> str:
@@ -202,7 +197,3 @@ def _number(value: float) -> str:
 def _yaml(value: Any) -> str:
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     return text.removesuffix("...\n").strip()
-
-
-def _dot(weights: Iterable[float], values: Iterable[float]) -> float:
-    return sum(weight * value for weight, value in zip(weights, values, strict=True))

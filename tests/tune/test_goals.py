@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tune.goals import Constraint, Goal, on_front
+from tune.goals import Constraint, Goal, on_front, weighted
 from tune.measures import Value
 from tune.population import Population, copies, vary
 from tune.proposals import Outcome, Proposals
@@ -38,6 +38,9 @@ def test_a_goal_s_value_and_error_over_seeds() -> None:
     # Per seed 0.8 and 1.3: the standard error is half their distance.
     assert both.error(FIGURES) == pytest.approx(0.25)
     assert both.title == "2 op + 1 bwt"
+    assert weighted({"op": 2.0, "bwt": 1.0}, FIGURES) == Value.of([2 * 0.5 - 0.2, 2 * 0.7 - 0.1])
+    for goal in (Goal(weights={"op": 1.0, "fwt": 1.0}), Goal(pareto=("op", "fwt"))):
+        assert (goal.values(FIGURES), goal.error(FIGURES)) == (None, None)
     assert Goal(pareto=("op", "seconds")).values(FIGURES) == (pytest.approx(0.6), 20.0)
     assert Goal(metric="fwt").values(FIGURES) is None
     for wrong in ({}, {"metric": "op", "pareto": ["op", "bwt"]}, {"pareto": ["op", "op"]}):
@@ -113,6 +116,12 @@ def test_below_the_median_of_enough_others_a_trial_is_stopped() -> None:
     assert decide(rule, 1, 0.6, [0.5, 0.6, 0.7]) == "go on"
 
 
+def test_each_rule_says_in_its_own_words_why_it_stops_a_trial() -> None:
+    assert Halving().reason(3) == "not among the best of 4"
+    assert Median().reason(4) == "below the median of 4 earlier trials"
+    assert Median().reason(1) == "below the median of 1 earlier trial"
+
+
 def test_the_worst_quarter_copies_the_best_and_nobody_who_has_ended() -> None:
     rule = Population(quantile=0.25)
     values = [0.5, 0.9, 0.1, math.nan, 0.4, 0.8, 0.2, 0.3, 0.6]
@@ -133,9 +142,7 @@ def test_varied_settings_are_in_the_space(seed: int, start: int) -> None:
 
 
 def proposals(by: str, lag: int = 2) -> Proposals:
-    return Proposals(
-        SPACE, by, Goal(metric="op"), ("max",), seed=1, startup=3, lag=lag, constrained=False
-    )  # type: ignore[arg-type]
+    return Proposals(SPACE, by, ("max",), seed=1, startup=3, lag=lag, constrained=False)  # type: ignore[arg-type]
 
 
 def outcome(settings: dict[str, float]) -> Outcome:
