@@ -1,4 +1,4 @@
-"""MLflow beside a run: fed from a queue by one background thread, and never in the run's way.
+"""MLflow beside a run: fed by one background thread, and never in the run's way.
 
 The records in the store are the truth and MLflow is a view of them, so a server that is down, slow
 or full costs the view and not the run. The first failure is reported once, with what to do, and the
@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Final
 
 from pipelines.artifact import Artifact
+from pipelines.background import CLOSE_SECONDS, BackgroundWriter, in_short
 from pipelines.mlflow_writer import MlflowWriter
 from pipelines.provenance import redact
 from pipelines.results import StreamView
@@ -27,7 +26,6 @@ from seekr.errors import SeekrError
 
 OFF: Final = "off"
 SQLITE: Final = "mlflow/mlflow.db"
-CLOSE_SECONDS: Final = 60.0
 # Seconds per request, repetitions, and their spacing. MLflow's own (120 s, 7 times, spaced to
 # minutes) suit a person who waits, not a pipeline; whoever sets the variables keeps their values.
 # Telemetry is off because a cluster should not talk to the outside unasked.
@@ -38,11 +36,8 @@ ENVIRONMENT: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-# Streams that run side by side share a sqlite file, which takes one writer at a time.
-_ONE_WRITER = threading.Lock()
 logger = logging.getLogger(__name__)
 Warn = Callable[[str], None]
-Job = Callable[[MlflowWriter], None]
 
 
 class TrackingError(SeekrError):
@@ -80,25 +75,26 @@ class Tracker:
     def __init__(
         self, tracking_uri: str | None, *, stream: str, store: Store, warn: Warn = logger.warning
     ) -> None:
-        self._uri, self._stream, self._store, self._warn = tracking_uri, stream, store, warn
-        self._queue: SimpleQueue[Job | None] = SimpleQueue()
-        self._failed = self._finished = False
-        self._thread = threading.Thread(target=self._work, name="seekr-mlflow", daemon=True)
-        if tracking_uri is not None:
-            self._thread.start()
+        self._uri, self._warn = tracking_uri, warn
+        self._finished = False
+        self._background: BackgroundWriter[MlflowWriter] = BackgroundWriter(
+            None if tracking_uri is None else lambda: _connect(tracking_uri, stream, store, warn),
+            name="seekr-mlflow",
+            failed=self._tell,
+        )
 
     def log_record(self, artifact: Artifact) -> None:
         """Log a committed stage, whether this run computed it or found it."""
-        self._queue.put(lambda writer: writer.log_stage(artifact))
+        self._background.put(lambda writer: writer.log_stage(artifact))
 
     def log_steps(self, stage: Stage, steps: Sequence[Mapping[str, Any]]) -> None:
         """Log steps of a training that still runs."""
-        self._queue.put(lambda writer: writer.log_steps(stage, steps))
+        self._background.put(lambda writer: writer.log_steps(stage, steps))
 
     def finish(self, view: StreamView, report: Path | None = None) -> None:
         """Log the stream's figures and its report, and mark the stream's run as finished."""
         self._finished = True
-        self._queue.put(lambda writer: _finish(writer, view, report))
+        self._background.put(lambda writer: _finish(writer, view, report))
 
     def close(self, timeout: float = CLOSE_SECONDS) -> bool:
         """Wait until everything is written, at most `timeout` seconds.
@@ -108,32 +104,11 @@ class Tracker:
         Returns:
             Whether MLflow holds everything that was logged.
         """
-        if self._uri is None:
-            return True
         if not self._finished:
-            self._queue.put(lambda writer: writer.end("FAILED"))
-        self._queue.put(None)
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            self._fail(f"it was still being written {timeout:.0f} s after the run's end")
-        return not self._failed
+            self._background.put(lambda writer: writer.end("FAILED"))
+        return self._background.close(timeout)
 
-    def _work(self) -> None:
-        writer: MlflowWriter | None = None
-        while (job := self._queue.get()) is not None:
-            if self._failed:
-                continue
-            try:
-                writer = writer or _connect(self._uri, self._stream, self._store, self._warn)
-                with _ONE_WRITER:
-                    job(writer)
-            except Exception as error:  # whatever it is, it must not end the run
-                self._fail(_shown(error))
-
-    def _fail(self, reason: str) -> None:
-        if self._failed:
-            return
-        self._failed = True
+    def _tell(self, reason: str) -> None:
         self._warn(
             f"MLflow at {redact(str(self._uri))} is incomplete: {reason}. The run goes on and its "
             "records hold everything. When MLflow works again, run `seekr lineage --rebuild`."
@@ -171,8 +146,7 @@ def _finish(writer: MlflowWriter, view: StreamView, report: Path | None) -> None
     writer.end("FINISHED")
 
 
-def _connect(uri: str | None, stream: str, store: Store, warn: Warn) -> MlflowWriter:
-    assert uri is not None
+def _connect(uri: str, stream: str, store: Store, warn: Warn) -> MlflowWriter:
     prepare(uri)
     return MlflowWriter(uri, stream=stream, store=store.location.shown, warn=warn)
 
@@ -197,12 +171,7 @@ def _explained(uri: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise TrackingError(
-            f"MLflow at {redact(uri)} cannot be written: {_shown(error)}. Check the address, the "
+            f"MLflow at {redact(uri)} cannot be written: {in_short(error)}. Check the address, the "
             "server and the disk, then run `seekr lineage --rebuild` again; it continues where it "
             "stopped."
         ) from error
-
-
-def _shown(error: Exception) -> str:
-    text = redact(" ".join(str(error).split()))
-    return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"

@@ -7,12 +7,11 @@ the search, in one thread; what fails there is told once and costs the view alon
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
-from queue import SimpleQueue
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipelines import mlflow_values as values
+from pipelines.background import CLOSE_SECONDS, BackgroundWriter
 from pipelines.mlflow_writer import experiment_of
 from pipelines.provenance import redact
 from pipelines.store import Store
@@ -20,7 +19,6 @@ from pipelines.tracking import prepare
 from tune.ledger import Entry
 from tune.plan import title
 
-CLOSE_SECONDS = 60.0
 _STATUS = {"open": "RUNNING", "finished": "FINISHED", "stopped": "KILLED"}
 
 
@@ -35,44 +33,41 @@ class SearchTracker:
     def __init__(
         self, uri: str | None, *, search: str, store: Store, warn: Callable[[str], None]
     ) -> None:
-        self._uri, self._search, self._store, self._warn = uri, search, store, warn
-        self._queue: SimpleQueue[list[Entry] | None] = SimpleQueue()
+        self._uri, self._warn = uri, warn
         self._known: dict[str, Entry] = {}
-        self._thread = threading.Thread(target=self._work, name="seekr-tune-mlflow", daemon=True)
-        if uri is not None:
-            self._thread.start()
+        self._background: BackgroundWriter[_Writer] = BackgroundWriter(
+            None if uri is None else lambda: _Writer(uri, search, store),
+            name="seekr-tune-mlflow",
+            failed=self._tell,
+        )
 
     def note(self, entries: Mapping[str, Entry]) -> None:
         """Write what has changed since the last time."""
         changed = [entry for key, entry in entries.items() if self._known.get(key) is not entry]
         self._known |= {entry.key: entry for entry in changed}
         if changed:
-            self._queue.put(changed)
+            self._background.put(lambda writer: _write(writer, changed))
 
-    def close(self) -> None:
-        """Wait until everything is written, at most a minute."""
-        if self._uri is not None:
-            self._queue.put(None)
-            self._thread.join(CLOSE_SECONDS)
+    def close(self, timeout: float = CLOSE_SECONDS) -> bool:
+        """Wait until everything is written, at most `timeout` seconds.
 
-    def _work(self) -> None:
-        writer: _Writer | None = None
-        failed = False
-        while (entries := self._queue.get()) is not None:
-            if failed:
-                continue
-            try:
-                writer = writer or _Writer(str(self._uri), self._search, self._store)
-                for entry in entries:
-                    writer.write(entry)
-            except Exception as error:  # whatever it is, it must not end the search
-                failed = True
-                self._warn(
-                    f"MLflow at {redact(str(self._uri))} is incomplete: {type(error).__name__}: "
-                    f"{redact(str(error))[:300]}. The search goes on; its ledger holds everything"
-                )
-        if writer is not None and not failed:
-            writer.end()
+        Returns:
+            Whether MLflow holds everything that was noted.
+        """
+        if self._known:
+            self._background.put(lambda writer: writer.end())
+        return self._background.close(timeout)
+
+    def _tell(self, reason: str) -> None:
+        self._warn(
+            f"MLflow at {redact(str(self._uri))} is incomplete: {reason}. The search goes on and its "
+            "ledger holds everything. When MLflow works again, run `seekr tune resume`."
+        )
+
+
+def _write(writer: _Writer, entries: Sequence[Entry]) -> None:
+    for entry in entries:
+        writer.write(entry)
 
 
 class _Writer:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from mlflow import MlflowClient
 
 from pipelines.artifact import StageRecord
 from seekr.errors import ConfigError
@@ -25,7 +24,6 @@ from tests.tune.searching import WEIGHT, computed, make_search, opened, table
 from tune.plan import Plan
 from tune.search import room_for, run_search
 from tune.sharing import Sharing
-from tune.tracking import SearchTracker
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 slow = pytest.mark.slow
@@ -160,32 +158,6 @@ def test_running_a_finished_search_again_computes_nothing(done: Done) -> None:
     run_search(search, tell=told.append)
     assert told == [] and table(search.plan()) == known
     assert {path: path.stat().st_mtime_ns for path in find_records(done.path.parent)} == before
-
-
-@slow
-def test_mlflow_has_a_run_per_trial_below_the_search_s(done: Done, tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    ledger = done.plan.ledger
-    for _ in range(2):  # the second time changes nothing
-        tracker = SearchTracker(uri, search="weights", store=ledger.store, warn=pytest.fail)
-        tracker.note(ledger.entries)
-        tracker.close()
-    client = MlflowClient(tracking_uri=uri)
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    kinds = {run.data.tags["seekr.kind"] for run in runs}
-    (parent,) = [run for run in runs if run.data.tags["seekr.kind"] == "search"]
-    children = [
-        run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
-    ]
-    assert kinds == {"search", "trial"} and len(children) == 5 and len(runs) == 6
-    for trial in ledger.of("trial"):
-        (run,) = [run for run in children if run.info.run_name == f"trial {trial.number}"]
-        assert float(run.data.params[WEIGHT]) == pytest.approx(trial.settings[WEIGHT])
-        history = client.get_metric_history(run.info.run_id, "op")
-        assert [(m.step, m.value) for m in history] == [
-            (result.tasks, result.figures["op"].mean) for result in trial.results
-        ]
-        assert run.info.status == ("FINISHED" if trial.state == "finished" else "KILLED")
 
 
 def seekr(*arguments: str) -> str:
