@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,12 @@ from pipelines.stage import Stage, find
 from pipelines.store import Store
 from pipelines.stream import Stream, open_stream
 from seekr.errors import ConfigError
+from tune.measures import REPLAY_BYTES, Measure, known_measures
 from tune.search_config import SearchConfig
 from tune.spaces import Settings
+
+# Stages that figures are read off.
+_MEASURED = ("train", "evaluate", "general", "probe")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +37,13 @@ class Course:
     Attributes:
         configs: the stream's configuration while each task is learnt.
         stages: what each task makes necessary; one group for all tasks where they are learnt at once.
+        figures_only: leave out what the newest task's end prepares for a next one (scores of heads,
+            targets), until there is one.
     """
 
     configs: tuple[StreamConfig, ...]
     stages: tuple[tuple[Stage, ...], ...]
+    figures_only: bool
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -45,13 +51,20 @@ class Course:
         return tuple(task.name for task in self.configs[0].tasks)
 
     def until(self, learnt: int) -> tuple[Stage, ...]:
-        """Return the stages of the first tasks."""
-        return tuple(chain.from_iterable(self.stages[:learnt]))
+        """Return the stages of the first tasks, each after its inputs."""
+        return tuple(job.stage for job in self.jobs(learnt))
 
     def jobs(self, learnt: int) -> list[Job]:
-        """Return what has to be done for the first tasks."""
+        """Return what has to be done for the first tasks, each after its inputs."""
         pairs = zip(self.configs, self.stages[:learnt], strict=False)
-        return [Job(stage=stage, config=config) for config, group in pairs for stage in group]
+        jobs = [Job(stage=stage, config=config) for config, group in pairs for stage in group]
+        if not self.figures_only:
+            return jobs
+        needed = set[str]()
+        for job in reversed(jobs):
+            if job.stage.name in _MEASURED or job.stage.fingerprint in needed:
+                needed |= {job.stage.fingerprint, *(s.fingerprint for s in job.stage.inputs.values())}
+        return [job for job in jobs if job.stage.fingerprint in needed]
 
     def view(self, store: Store, learnt: int) -> StreamView:
         """Return what the stages of the first tasks have produced, as if the stream ended with them."""
@@ -101,6 +114,18 @@ class Courses:
         config = self.base.config
         return 1 if config.method.needs.all_tasks else len(config.tasks)
 
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """The figures that are taken after every task, by name."""
+        known = known_measures(self.base.config)
+        if self._figures_only:
+            del known[REPLAY_BYTES]
+        return known
+
+    @property
+    def _figures_only(self) -> bool:
+        return REPLAY_BYTES not in self.search.asked
+
     def open(
         self,
         settings: Sequence[Settings],
@@ -123,7 +148,11 @@ class Courses:
                 self._opened[name] = self._open(own, seed, order)
             streams.append(self._opened[name])
         configs = tuple(stream.config for stream in streams)
-        return Course(configs=configs, stages=graph_by_task(configs, streams[-1].facts))
+        return Course(
+            configs=configs,
+            stages=graph_by_task(configs, streams[-1].facts),
+            figures_only=self._figures_only,
+        )
 
     def _open(self, settings: Settings, seed: int, order: Sequence[str] | None) -> Stream:
         changes: dict[str, Any] = {**self.search.changes, **settings, "seed": seed}

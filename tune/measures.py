@@ -16,6 +16,7 @@ from pipelines.knowledge import knowledge_figures
 from pipelines.results import StreamView
 from seekr.statistics import mean_and_error
 
+REPLAY_BYTES = "replay_bytes"
 Direction = Literal["max", "min"]
 Read = Callable[[StreamView], float | None]
 
@@ -84,7 +85,7 @@ def known_measures(config: StreamConfig) -> dict[str, Measure]:
         says = f"general ability on {task}, by its own metric"
         add(f"general.{task}", "max", _general(task), says)
     add("seconds", "min", lambda view: view.seconds(), "seconds of all stages")
-    add("replay_bytes", "min", lambda view: float(view.replay_bytes()), "bytes of the replay store")
+    add(REPLAY_BYTES, "min", lambda view: float(view.replay_bytes()), "bytes of the replay store")
     add("peak_memory_bytes", "min", _peak_memory, "largest growth of memory in a stage")
     return {measure.name: measure for measure in found}
 

@@ -16,7 +16,7 @@ from seekr.errors import SeekrError
 from tune.courses import Course, Courses
 from tune.goals import Goal, on_front
 from tune.ledger import Copied, Entry, Ledger, Result
-from tune.measures import Measure, figures_of, known_measures
+from tune.measures import Measure, figures_of
 from tune.population import Population, copies
 from tune.proposals import Outcome, Proposals
 from tune.rules import decide
@@ -46,7 +46,7 @@ class Plan:
         self.courses, self.ledger, self._tell = courses, ledger, tell
         self.search = courses.search
         self.steps = courses.steps
-        self.measures: dict[str, Measure] = known_measures(courses.base.config)
+        self.measures: dict[str, Measure] = courses.measures
         self.directions = self.search.goal.directions(self.measures)
         self._busy: set[str] = set()
         self._proposals = Proposals(

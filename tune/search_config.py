@@ -103,6 +103,11 @@ class SearchConfig(Section):
         members = {"members": self.trials} if isinstance(self.scheduler, Population) else {}
         return identity(self) | members
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The figures that the goal and the constraints are about."""
+        return (*self.goal.measures, *(constraint.measure for constraint in self.constraints))
+
     def _check_conditions(self) -> None:
         above: list[str] = []
         for field, allowed in self.space.items():
