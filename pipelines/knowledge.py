@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.probe import load_probes
 from pipelines.results import StreamView
 from seekr.knowledge import KnowledgeCurves, constant_floor
 
@@ -35,6 +34,9 @@ class ProbeCurve:
 
 def probe_curves(view: StreamView) -> list[ProbeCurve]:
     """Return the curves of all sets that were scored, in the stream's order."""
+    # With it comes Ray, which most streams' reports do without.
+    from pipelines.probe import load_probes
+
     roles = {item["name"]: item["role"] for item in view.config.get("probes", ())}
     steps = [step for history in view.histories() for step in history.steps]
     found: list[ProbeCurve] = []

@@ -8,9 +8,8 @@ from typing import Any
 from pipelines.figures import Series, line_chart
 from pipelines.knowledge import ProbeCurve, knowledge_figures, probe_curves
 from pipelines.readable import percent
-from pipelines.results import StreamView
+from pipelines.results import EXAMPLES, StreamView
 from pipelines.svg import Frame
-from pipelines.weights import EXAMPLES
 
 FIGURES = {
     "top_accuracy": "Top Acc",

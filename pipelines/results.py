@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PREDICTIONS = "predictions.parquet"
 GENERAL = "general.json"
+EXAMPLES = "examples.json"
 State = Literal["ran", "reused"]
 
 

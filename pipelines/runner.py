@@ -25,6 +25,7 @@ from pipelines.general import general
 from pipelines.generate import generate
 from pipelines.ingest import ingest
 from pipelines.interrupts import Interrupts
+from pipelines.job import Job
 from pipelines.lease import abandon_all, release_all
 from pipelines.meta import meta
 from pipelines.monitor import Reporter
@@ -40,15 +41,6 @@ from pipelines.teach import teach
 from pipelines.train import train
 from pipelines.weights import weights
 from pipelines.workspace import Workspace
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A stage, and the config of the stream that asks for it: where its sources lie, how it runs."""
-
-    stage: Stage
-    config: StreamConfig
-
 
 StageFunction = Callable[[Workspace, StreamConfig, str, Reporter], StageOutcome]
 COMPUTE: dict[str, StageFunction] = {

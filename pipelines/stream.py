@@ -1,7 +1,7 @@
 """A stream opened: its config, its graph, its store, and what happened to each stage.
 
 Everything the command line does begins with `open_stream`, which validates all there is to validate
-and starts nothing. `run_streams` is the only thing that computes.
+and starts nothing; Ray is not even imported. `run_streams` is the only thing that computes.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.artifact import Artifact, StageRecord
 from pipelines.config import StreamConfig
 from pipelines.graph import build_graph
 from pipelines.interrupts import Interrupted, Interrupts
+from pipelines.job import Job
 from pipelines.lease import release_all
-from pipelines.live_steps import LiveSteps, Steps
 from pipelines.load import load_config
-from pipelines.monitor import start_monitor
 from pipelines.provenance import Provenance, now_iso
 from pipelines.report import render_report
 from pipelines.results import StageResult, StreamView
-from pipelines.runner import Job, run_stages
-from pipelines.session import ray_session
 from pipelines.stage import Stage, StageEvent, find, state
 from pipelines.store import Store
 from pipelines.survey import Facts, survey
 from pipelines.tracking import Tracker, tracking_uri
 from pipelines.workspace import FAILURE
 from seekr.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from pipelines.live_steps import Steps
 
 RunState = Literal["ran", "reused", "missing", "running", "failed", "interrupted"]
 Watch = Callable[[StageEvent | None, Any], None]
@@ -182,6 +182,10 @@ def run_streams(
         ConfigError: the streams have different storages, or one name.
         Whatever the first failing stage raised, after the others ended.
     """
+    # Ray and the stages take seconds to import, and who only looks at a stream needs neither.
+    from pipelines.live_steps import LiveSteps
+    from pipelines.runner import run_stages
+
     first = streams[0]
     _check_together(streams)
     runs = [_Run(stream, warn) for stream in streams]
@@ -275,6 +279,9 @@ def _monitor_if_needed(streams: Sequence[Stream]) -> Iterator[Any]:
     if all(len(records_of(stream)) == len(stream.stages) for stream in streams):
         yield None
         return
+    from pipelines.monitor import start_monitor
+    from pipelines.session import ray_session
+
     with ray_session([stream.config for stream in streams]):
         yield start_monitor()
 

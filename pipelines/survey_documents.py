@@ -17,7 +17,6 @@ from pipelines.rows import Columns
 from pipelines.token_weights_config import MetaConfig, PairColumns
 from pipelines.transfer import cache_folder
 from seekr.errors import ConfigError, DataError
-from seekr.taalm.network import check_same_tokenizer
 
 
 def probe_columns(item: ProbeConfig) -> Columns:
@@ -48,6 +47,8 @@ def weighing(config: StreamConfig) -> dict[str, str]:
     weights = config.token_weights
     if weights is None or weights.by != "train_attention":
         return {}
+    from seekr.taalm.network import check_same_tokenizer  # with it comes PEFT, which takes seconds
+
     cache = cache_folder() / "digests.json"
     found: dict[str, str] = {}
     for name, folder in (("network", weights.network), ("backbone", weights.model)):

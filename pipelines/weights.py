@@ -22,6 +22,7 @@ from pipelines.hosts import model_pool
 from pipelines.meta import NETWORK
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device, ray_tables, rows_in_blocks
+from pipelines.results import EXAMPLES
 from pipelines.rowsets import (
     FOCUS,
     TRAIN,
@@ -39,7 +40,7 @@ from seekr.models import load_tokenizer
 from seekr.taalm.network import TrainAttention
 from seekr.taalm.weighted import token_nll
 
-WEIGHTS, EXAMPLES = "weights", "examples.json"
+WEIGHTS = "weights"
 # Documents that the report shows, and tokens of each.
 _SHOWN, _SHOWN_TOKENS = 3, 600
 WEIGHTS_SCHEMA = pa.schema([("row_id", pa.string()), ("values", pa.list_(pa.float32()))])

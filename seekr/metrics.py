@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rapidfuzz import fuzz
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
 from seekr.sari import sari
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 # Of a prediction, its references, and the text it was made from.
 Metric = Callable[[str, Sequence[str], str], float]
@@ -80,6 +82,8 @@ def rouge_l(prediction: str, references: Sequence[str], source: str = "") -> flo
 
 @cache
 def _rouge_scorer() -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer  # with it comes NLTK, which takes seconds
+
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from scipy.stats import permutation_test, sem
 
 # Scores of rows, by task and row id.
 Scores = Mapping[str, Mapping[str, float]]
@@ -40,7 +39,11 @@ class Paired:
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Return the mean and its standard error, None for fewer than two values."""
-    return fmean(values), None if len(values) < 2 else float(sem(values))
+    if len(values) < 2:
+        return fmean(values), None
+    from scipy.stats import sem  # takes a second, and most who summarise have one value
+
+    return fmean(values), float(sem(values))
 
 
 def op_error(scores: Scores) -> float | None:
@@ -93,6 +96,8 @@ def _sign_flips(weighted: np.ndarray, seed: int) -> float:
     moved = weighted[weighted != 0]  # a sign of zero changes nothing
     if len(moved) < 2:
         return 1.0
+    from scipy.stats import permutation_test
+
     found = permutation_test(
         (moved,),
         np.sum,

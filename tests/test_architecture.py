@@ -125,6 +125,14 @@ def test_cluster_is_imported_where_ray_is_not_installed() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_who_only_looks_at_a_stream_or_a_search_does_not_wait_for_what_computes() -> None:
+    looking = "pipelines.stream, pipelines.tables, pipelines.report, tune.search, tune.tables"
+    slow = ("ray", "mlflow", "peft", "deepspeed", "nltk")
+    code = f"import sys, {looking}\nprint(*sorted(sys.modules.keys() & {set(slow)}))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout.strip()) == (0, ""), result.stderr
+
+
 def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
     found = [
         shown(path)

@@ -146,7 +146,8 @@ def _run(path: Path, changes: list[str] | None, *, begin: bool, as_json: bool) -
     from pipelines.tracking import tracking_uri
     from tune.ledger import REPORT
     from tune.report import render_search
-    from tune.search import open_search, run_search
+    from tune.running import run_search
+    from tune.search import open_search
     from tune.tracking import SearchTracker
 
     search = open_search(path, changes or (), begin=begin, writable=True)

@@ -16,8 +16,8 @@ from pipelines.artifact import Artifact
 from pipelines.config import StreamConfig
 from pipelines.data_config import TaskConfig
 from pipelines.graph import graph_by_task
+from pipelines.job import Job
 from pipelines.results import StageResult, StreamView
-from pipelines.runner import Job
 from pipelines.stage import Stage, find
 from pipelines.store import Store
 from pipelines.stream import Stream, open_stream

@@ -18,8 +18,9 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from pipelines.job import Job
 from pipelines.provenance import Provenance
-from pipelines.runner import Job, run_stages
+from pipelines.runner import run_stages
 from pipelines.session import let_go, ray_session
 from pipelines.stage import StageEvent
 from pipelines.store import Store

@@ -13,10 +13,11 @@ import pytest
 import ray
 from safetensors.numpy import load_file
 
+from pipelines.job import Job
 from pipelines.monitor import start_monitor
 from pipelines.provenance import Provenance
 from pipelines.rowsets import REPLAY, load_table
-from pipelines.runner import Job, run_stages
+from pipelines.runner import run_stages
 from pipelines.session import ray_session
 from pipelines.stage import Artifact, Stage, find
 from pipelines.stream import Stream, open_stream, records_of, run_streams, status_of

@@ -17,6 +17,7 @@ from pipelines.ingest import QUARANTINE
 from pipelines.meta import HISTORY, NETWORK
 from pipelines.probe import load_probes
 from pipelines.report import render_report
+from pipelines.results import EXAMPLES
 from pipelines.rowsets import (
     REPLAY,
     TRAIN,
@@ -30,7 +31,7 @@ from pipelines.rowsets import (
 from pipelines.stream import finished_view, open_stream, run_streams
 from pipelines.tables import knowledge_table
 from pipelines.training_rows import load_training_rows
-from pipelines.weights import EXAMPLES, load_weights
+from pipelines.weights import load_weights
 from seekr.collation import collate
 from seekr.fact_probes import score_probes
 from seekr.models import load_model, load_tokenizer

@@ -22,7 +22,7 @@ from seekr.errors import ConfigError
 from tests.pipelines.running import end_shared_cluster, shared_cluster
 from tests.tune.searching import WEIGHT, computed, make_search, opened, table
 from tune.plan import Plan
-from tune.search import room_for, run_search
+from tune.running import room_for, run_search
 from tune.sharing import Sharing
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
