@@ -9,38 +9,35 @@ import html
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.pages import HOSTILE, Page
 from tests.pipelines.streams import make_stream
-from tune.charts import Tried, history, levels, running_best
-from tune.coordinates import NOT_SET, Thread, axis_of, goal_axis, parallel, place
+from tests.tune.ledgers import (
+    THREE,
+    confirm,
+    rows,
+    section,
+    spread,
+    tile,
+    told_once,
+    trial,
+)
 from tune.goals import Goal
-from tune.importance import FEWEST, importances, too_little
-from tune.ledger import Copied, Entry, Result
-from tune.measures import Value
+from tune.importance import FEWEST, too_little
+from tune.ledger import Copied, Entry
 from tune.plan import Plan
 from tune.report import render_search, write_search_report
 from tune.report_confirmation import compared
 from tune.search import open_search
 from tune.sharing import Sharing
-from tune.spaces import Range
-from tune.words import (
-    difference,
-    field_names,
-    setting_change,
-    wanted_of,
-    with_error,
-    written,
-)
+from tune.words import wanted_of
 
-HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 MINUS, PLUS_MINUS = "\N{MINUS SIGN}", "\N{PLUS-MINUS SIGN}"
 SPACE = {
     "train.learning_rate": {"log_uniform": [0.0001, 0.01]},
@@ -48,37 +45,6 @@ SPACE = {
     "method.query_budget": {"integers": [2, 16], "when": "method.head_budget > 1"},
 }
 Make = Callable[..., Plan]
-
-
-class Page(HTMLParser):
-    """Every tag, its attributes and the page's text; complains about tags that do not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.names: list[str] = []
-        self.texts: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in {"meta", "wbr"}:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.names += [name for name, value in attrs if name in {"src", "href"} or name[:2] == "on"]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
 
 
 @pytest.fixture(scope="module")
@@ -113,81 +79,9 @@ def make(stream: Path, tmp_path: Path) -> Make:
     return make
 
 
-def figures(op: Sequence[float], **others: Sequence[float]) -> dict[str, Value]:
-    return {name: Value.of(values) for name, values in {"op": op, **others}.items()}
-
-
-def trial(number: int, ops: Sequence[Sequence[float]], **fields: Any) -> Entry:
-    """Return a trial with the OP of each seed after each task."""
-    lr = fields.pop("lr", 0.001)
-    others = fields.pop("others", {})
-    stages = fields.pop("stages", ())
-    ran = fields.pop("ran", ())
-    settings = {"train.learning_rate": lr, "method.head_budget": 2, "method.query_budget": 8}
-    known = {
-        "key": f"trial-{number:04d}",
-        "kind": "trial",
-        "number": number,
-        "settings": settings,
-        "seeds": tuple(range(len(ops[0]))) if ops else (0,),
-        "learnt": (settings,) * len(ops),
-        "results": tuple(
-            Result(tasks=k, figures=figures(op, **others), stages=tuple(stages), ran=tuple(ran))
-            for k, op in enumerate(ops, start=1)
-        ),
-        "state": "finished" if len(ops) == 3 else "stopped" if ops else "failed",
-    }
-    return Entry(**(known | fields))
-
-
-def confirm(number: int, ops: Sequence[float], **fields: Any) -> Entry:
-    name = "stream" if number < 0 else f"trial-{number}"
-    known = {"key": f"confirm-{name}-x", "kind": "confirm", "order": ("first", "reverse", "upper")}
-    return trial(number, [ops] * 3, **(known | {"seeds": (7, 8, 9)[: len(ops)]} | fields))
-
-
-def spread(values: Sequence[float]) -> float:
-    """The standard error of a mean, said anew."""
-    return stdev(values) / math.sqrt(len(values))
-
-
-def section(page: str, title: str) -> str:
-    """Return the text of a section."""
-    found = re.search(rf"<h2>{re.escape(title)}</h2>(.*?)</section>", page, re.S)
-    assert found, title
-    return Page(found[1]).text
-
-
-def tile(page: str, label: str) -> str:
-    """Return the text of a tile after its label."""
-    found = re.search(rf'<div class="label">{label}</div>(.*?)</div></div>', page, re.S)
-    assert found, label
-    return Page(f"{found[1]}</div>").text
-
-
-def rows(page: str, title: str) -> list[list[str]]:
-    """Return the cells of a section's tables, row by row."""
-    found = re.search(rf"<h2>{re.escape(title)}</h2>(.*?)</section>", page, re.S)
-    assert found, title
-    bodies = re.findall(r"<tr[^>]*>(.*?)</tr>", found[1], re.S)
-    return [
-        [Page(cell).text for cell in re.findall(r"<td[^>]*>(.*?)</td>", body, re.S)]
-        for body in bodies
-        if "<td" in body
-    ]
-
-
-THREE = [
-    trial(0, [[0.9, 0.8], [0.6, 0.7], [0.50, 0.54]], lr=0.01),
-    trial(1, [[0.9, 0.9], [0.8, 0.8], [0.61, 0.67]], lr=0.001),
-    trial(2, [[0.5, 0.5], [0.4, 0.4]], lr=0.0001, reason="not among the best of 3"),
-]
-
-
 def test_the_page_is_well_formed_and_loads_nothing(make: Make) -> None:
     page = Page(render_search(make(THREE)))
-    assert page.open == [] and page.names == []
-    assert not page.tags & {"script", "link", "img", "iframe", "object", "embed", "image", "use"}
+    assert page.open == [] and page.loads == []
 
 
 def test_the_same_ledger_gives_the_same_bytes(make: Make) -> None:
@@ -251,7 +145,7 @@ def test_hostile_text_is_shown_and_never_becomes_markup(make: Make) -> None:
     ]
     text = render_search(make(entries))
     page = Page(text)
-    assert page.open == [] and page.names == [] and not page.tags & {"script", "img"}
+    assert page.open == [] and page.loads == []
     assert HOSTILE in page.text and html.escape("<script>") in text
 
 
@@ -262,12 +156,6 @@ def test_best_settings_stand_beside_the_streams_and_can_be_given_to_it(make: Mak
     assert table[1][0] == "head budget" and table[1][2:4] == ["2", "2"]
     assert table[2][-1] == "2 to 16; if method.head_budget > 1"
     assert "--set train.epochs=2 --set train.learning_rate=0.001" in section(page, "Best settings")
-
-
-@pytest.mark.parametrize("value", [1e-05, 0.1 + 0.2, 3, True, None, "a b", [1, 2], {"name": "x"}])
-def test_a_change_is_read_back_as_the_same_value(value: Any) -> None:
-    field, _, text = setting_change("train.x", value).partition("=")
-    assert field == "train.x" and yaml.safe_load(text) == value
 
 
 def test_confirmation_compares_seed_by_seed_and_says_who_is_better(make: Make) -> None:
@@ -440,7 +328,7 @@ def test_sharing_counts_what_each_would_have_cost_alone(make: Make) -> None:
         confirm(-1, [0.5], stages=("a/x", "d/x"), ran=("d/x",)),
     ]
     # What ran is told once, by the first result.
-    entries = [_only_first_ran(entry) for entry in entries]
+    entries = [told_once(entry) for entry in entries]
     plan = make(entries, seconds)
     found = Sharing.of(list(plan.ledger.entries.values()), plan.ledger.seconds())
     assert sum(found.alone.values()) == 30 + 40 + 50 and sum(found.spent.values()) == 100
@@ -458,116 +346,6 @@ def test_a_stage_that_was_computed_twice_is_told(make: Make) -> None:
     assert "1 stage was computed a second time." in text
 
 
-def _only_first_ran(entry: Entry) -> Entry:
-    first, *others = entry.results
-    fields = {name: getattr(entry, name) for name in entry.__slots__}
-    quiet = [Result(tasks=r.tasks, figures=r.figures, stages=r.stages, ran=()) for r in others]
-    return Entry(**(fields | {"results": (first, *quiet)}))
-
-
-def test_the_running_best_never_gets_worse() -> None:
-    points = [(0, 0.5), (2, 0.4), (1, 0.7), (3, 0.6)]
-    assert running_best(points, "max") == [(0, 0.5), (1, 0.7), (2, 0.7), (3, 0.7)]
-    assert running_best(points, "min") == [(0, 0.5), (1, 0.5), (2, 0.4), (3, 0.4)]
-
-
-def test_the_history_places_trials_by_number_and_value() -> None:
-    tried = [
-        Tried(number=n, value=v, error=None, mark="good", hint=HOSTILE)
-        for n, v in enumerate([1.0, 3.0, 2.0])
-    ]
-    chart = str(history(tried, "max", "t"))
-    spots = [
-        (float(x), float(y))
-        for x, y in re.findall(r'class="mark good" cx="(\S+)" cy="(\S+)"', chart)
-    ]
-    assert [x for x, _ in spots] == sorted(x for x, _ in spots)
-    assert spots[1][1] < spots[2][1] < spots[0][1]
-    assert "<script" not in chart
-
-
-def test_the_better_a_value_the_stronger_its_line() -> None:
-    assert levels([0.1, 0.5, 0.9], "max") == ["r0", "r4", "r9"]
-    assert levels([0.1, 0.9], "min") == ["r9", "r0"]
-    assert levels([0.4, 0.4], "max") == ["r9", "r9"]
-
-
-def test_a_logarithmic_axis_has_equal_steps_for_equal_factors() -> None:
-    allowed = Range(log_uniform=(1e-5, 1e-1))
-    places = [place(allowed, 10.0**power) for power in range(-5, 0)]
-    assert places[0] == 0 and places[-1] == pytest.approx(1)
-    assert [b - a for a, b in pairwise(places)] == pytest.approx([0.25] * 4)
-    ticks = axis_of(allowed, "x").ticks
-    assert [text for _, text in ticks] == ["1e-05", "0.0001", "0.001", "0.01", "0.1"]
-
-
-@pytest.mark.parametrize(
-    ("allowed", "values"),
-    [
-        (Range(uniform=(0.0, 2.0)), [0.0, 0.5, 1.0, 2.0]),
-        (Range(integers=(1, 9), step=2), [1, 3, 5, 9]),
-        (Range(choice=("a", None, {"b": 1})), ["a", None, {"b": 1}]),
-        (Range(log_uniform=(0.1, 10.0)), [0.1, 0.2, 1.0, 10.0]),
-    ],
-)
-def test_places_along_an_axis_rise_with_the_values(allowed: Range, values: list[Any]) -> None:
-    places = [place(allowed, value) for value in values]
-    assert places == sorted(set(places)) and (places[0], places[-1]) == (0.0, 1.0)
-    ticks = axis_of(allowed, "x").ticks
-    assert [at for at, _ in ticks] == sorted(at for at, _ in ticks)
-    assert len(ticks) >= 2
-
-
-def test_true_and_one_are_different_choices() -> None:
-    allowed = Range(choice=(True, 1, 0))
-    assert [place(allowed, value) for value in (True, 1, 0)] == [0.0, 0.5, 1.0]
-
-
-def test_a_field_that_is_not_set_lies_below_its_axis_and_is_dashed() -> None:
-    axes = [axis_of(Range(uniform=(0, 1)), "a"), axis_of(Range(uniform=(0, 1), when="a > 0"), "b")]
-    axis, places = goal_axis([0.2, 0.8], "OP")
-    chart = str(
-        parallel(
-            [*axes, axis],
-            [
-                Thread(places=[0.0, None, places[0]], css="r0", hint=""),
-                Thread(places=[0.5, 0.0, places[1]], css="r9", hint=""),
-            ],
-            "t",
-        )
-    )
-    assert chart.count(f">{NOT_SET}<") == 1
-    dashed = re.findall(r'class="trial r0 unset" points="([^"]*)"', chart)
-    whole = re.findall(r'class="trial r9" points="([^"]*)"', chart)
-    assert len(dashed) == 2 and len(whole) == 1
-    below = float(dashed[0].split()[1].split(",")[1])
-    assert below > float(whole[0].split()[1].split(",")[1])
-
-
-def test_the_field_that_alone_decides_is_the_most_important() -> None:
-    space = {
-        "a.rate": Range(log_uniform=(1e-4, 1e-1)),
-        "a.size": Range(integers=(1, 30), step=3),
-        "a.kind": Range(choice=("x", {"y": 1}, "z")),
-    }
-    settings = [
-        {
-            "a.rate": 10 ** (-4 + 3 * ((7 * n) % 40) / 40),
-            "a.size": 1 + 3 * ((11 * n) % 10),
-            "a.kind": ("x", {"y": 1}, "z")[n % 3],
-        }
-        for n in range(40)
-    ]
-    for field, value in (
-        ("a.rate", lambda s: -abs(math.log10(s["a.rate"]) + 3.4)),
-        ("a.size", lambda s: s["a.size"]),
-        ("a.kind", lambda s: float(s["a.kind"] == {"y": 1})),
-    ):
-        shares = importances(space, settings, [value(own) for own in settings])
-        assert next(iter(shares)) == field
-        assert sum(shares.values()) == pytest.approx(1) and shares[field] > 0.5
-
-
 def test_importance_is_not_shown_without_enough_different_trials(make: Make) -> None:
     assert "there are 3" in too_little([0.1, 0.2, 0.3])
     assert "same value" in too_little([0.1] * FEWEST)
@@ -578,16 +356,3 @@ def test_importance_is_not_shown_without_enough_different_trials(make: Make) -> 
     text = section(render_search(make(many)), "Which settings matter")
     assert f"best quarter of the {FEWEST} trials" in text
     assert "learning rate" in text and "100.0 %" in text
-
-
-def test_figures_are_written_with_their_units() -> None:
-    assert written("op", 0.4125) == "41.2 %" and written("bwt", -0.031) == f"{MINUS}3.1 %"
-    assert written("replay_bytes", 2048.0) == "2 KiB" and written("seconds", 200) == "3 min 20 s"
-    assert with_error("score.sort", 0.5, 0.012) == f"50.0 {PLUS_MINUS} 1.2 %"
-    assert difference("op", -0.02, 0.01) == f"{MINUS}2.0 {PLUS_MINUS} 1.0 points"
-    assert difference("seconds", 5.0) == "+5.0 s" and difference("op", 0.0) == "0.0 points"
-
-
-def test_fields_have_short_names_that_differ() -> None:
-    names = field_names(["method.head_budget", "replay.ratio", "a.top_k", "b.top_k"])
-    assert list(names.values()) == ["head budget", "replay ratio", "a.top_k", "b.top_k"]
