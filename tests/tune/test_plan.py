@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipelines.stream import open_stream
 from seekr.errors import ConfigError
 from tests.tune.searching import (
     FIRST,
@@ -19,6 +22,7 @@ from tests.tune.searching import (
     WEIGHT,
     carry_out,
     computed,
+    is_finished,
     make_search,
     opened,
     run_plan,
@@ -26,8 +30,10 @@ from tests.tune.searching import (
     table,
 )
 from tune.plan import Plan
+from tune.write import best_stream
 
 ASHA = {"by": "asha", "reduction": 2, "first": 2}
+MEDIAN: dict[str, Any] = {"by": "median", "at_least": 2}
 PBT = {"by": "pbt", "quantile": 0.25}
 
 
@@ -65,7 +71,6 @@ def test_no_stage_is_computed_twice_and_the_first_task_only_once(tmp_path: Path)
     assert len([key for key in keys if key.startswith("ingest/")]) == 3
 
 
-MEDIAN = {"by": "median", "at_least": 2}
 slow = pytest.mark.slow
 
 
@@ -116,25 +121,32 @@ def test_what_was_finished_when_it_was_killed_is_not_run_again(tmp_path: Path) -
     assert all(plan.ledger.entries[key] is entry for key, entry in before.items())
 
 
-def test_after_each_task_a_share_of_the_trials_goes_on(tmp_path: Path) -> None:
-    plan = finished(make_search(tmp_path, scheduler=ASHA, trials=12), slots=3)
-    trials = plan.ledger.of("trial")
+def among_the_best_half(own: float, earlier: list[float]) -> tuple[bool, str]:
+    kept = sum(value > own for value in earlier) < math.ceil((len(earlier) + 1) / 2)
+    return kept, f"not among the best of {len(earlier) + 1} after 2 tasks (asha)"
+
+
+def not_below_the_median(own: float, earlier: list[float]) -> tuple[bool, str]:
+    kept = len(earlier) < MEDIAN["at_least"] or own >= statistics.median(earlier)
+    return kept, f"below the median of {len(earlier)} earlier trials after 2 tasks (median)"
+
+
+@pytest.mark.parametrize(
+    ("rule", "judge"), [(ASHA, among_the_best_half), (MEDIAN, not_below_the_median)]
+)
+def test_after_two_tasks_those_that_the_rule_keeps_go_on_and_no_others(
+    tmp_path: Path, rule: Any, judge: Callable[[float, list[float]], tuple[bool, str]]
+) -> None:
+    plan = finished(make_search(tmp_path, scheduler=rule, trials=12), slots=3)
+    trials, values = plan.ledger.of("trial"), list[float]()
     for trial in trials:
-        value = trial.results[trial.tasks - 1].figures["op"].mean
-        rivals = [
-            result.figures["op"].mean
-            for other in trials[: trial.number]
-            if (result := other.after(trial.tasks)) is not None
-        ]
-        better = sum(rival > value for rival in rivals)
-        kept = better < math.ceil((len(rivals) + 1) / 2)
-        assert trial.state == ("finished" if trial.tasks == 3 else "stopped")
-        assert kept or trial.tasks == 3 or trial.state == "stopped"
-        if trial.state == "stopped":
-            assert (
-                not kept and f"best of {len(rivals) + 1} after {trial.tasks} tasks" in trial.reason
-            )
-    assert {trial.tasks for trial in trials} == {2, 3}
+        own = trial.results[1].figures["op"].mean
+        kept, why = judge(own, values)
+        assert (trial.state, trial.tasks, trial.reason) == (
+            ("finished", 3, "") if kept else ("stopped", 2, why)
+        )
+        values.append(own)
+    assert {trial.state for trial in trials} == {"finished", "stopped"}
     assert plan.best()[0].state == "finished"
 
 
@@ -181,6 +193,24 @@ def test_the_best_and_the_stream_as_it_is_are_run_on_another_order(tmp_path: Pat
         assert entry.state == "finished" and len(entry.figures["op"].values) == 2
     as_it_is = found[0].figures["op"].mean
     assert as_it_is == pytest.approx((FIRST + 2 * score(plan.courses.base.config)) / 3 - FORGET)
+
+
+def test_a_trial_that_is_written_as_a_stream_is_the_stream_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_search(tmp_path / "search", trials=2, changes={"model.path": "other"})
+    (tmp_path / "search" / "model").rename(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)  # paths that are given as changes begin here
+    plan = opened(path).plan()
+    run_plan(plan)
+    best = plan.best()[0]
+    target = tmp_path / "elsewhere" / "best.yaml"
+    target.parent.mkdir()
+    target.write_text(best_stream(plan, best, target), encoding="utf-8")
+    monkeypatch.chdir(target.parent)
+    written = open_stream(target)
+    assert {stage.key for stage in written.stages} == best.stages
+    assert all(is_finished(written.store, stage) for stage in written.stages)
 
 
 def test_constraints_compare_with_a_reference_that_is_run_first(tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ from tune.plan import Plan
 from tune.running import room_for, run_search
 from tune.sharing import Sharing
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.ray
 slow = pytest.mark.slow
 ASHA = {"by": "asha", "reduction": 2, "first": 2}
-# Longer than any search here takes on two busy cores, and short of what waiting for lost cores would.
-SECONDS = 600
+# Longer than any search here takes on two busy cores, and short of the time that a test has: waiting for
+# lost cores would take for ever.
+SECONDS = 540
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +103,8 @@ def test_trials_end_and_give_back_what_they_had(done: Done) -> None:
     assert len(trials) == 5 and all(trial.state in ("finished", "stopped") for trial in trials)
     assert done.free_after == done.free_before > 0
     assert done.seconds < SECONDS
-    assert not ray.util.placement_group_table() or all(
-        group["state"] == "REMOVED" for group in ray.util.placement_group_table().values()
-    )
+    groups = ray.util.placement_group_table().values()
+    assert {group["state"] for group in groups} == {"REMOVED"}
 
 
 @slow
@@ -180,6 +180,7 @@ def start(path: Path, *words: str) -> subprocess.Popen[str]:
 
 
 @slow
+@pytest.mark.timeout(3 * SECONDS)  # two whole searches, and one that is begun three times
 def test_a_search_whose_driver_is_killed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     end_shared_cluster()
     values: dict[str, Any] = {
@@ -264,7 +265,9 @@ def test_on_a_cluster_that_is_not_ours_a_search_leaves_nothing_and_asks_for_no_m
         states = [trial.state for trial in search.plan().ledger.of("trial")]
         assert states == ["finished", "finished"]
         kept = {file.name for file in (tmp_path / "store/searches/weights").iterdir()}
-        assert kept == {"search.json", "entries"} or kept == {"search.json", "entries", ".lease"}
+        # A lease leaves its folder and nothing in it; Tune's own files are gone.
+        assert kept == {"search.json", "entries", ".lease"}
+        assert list((tmp_path / "store/searches/weights/.lease").iterdir()) == []
         assert settled(3.0) == 3.0
         for changes, told in (
             ({"train.workers": 8}, "the stream needs 8 CPUs at once and the Ray cluster has 3"),
