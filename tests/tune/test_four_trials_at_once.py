@@ -12,7 +12,7 @@ from pipelines.artifact import StageRecord
 from tests.pipelines.running import end_shared_cluster
 from tests.tune.searching import WEIGHT, computed, make_search, opened
 from tune.plan import Plan
-from tune.search import run_search
+from tune.running import run_search
 from tune.sharing import Sharing
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -45,7 +45,7 @@ def test_four_trials_at_once_compute_no_stage_twice_and_cost_at_most_60_percent(
         trials=TRIALS,
         scheduler={"by": "asha", "reduction": 2, "first": 2},
         concurrent=AT_ONCE,
-        changes={"ray.num_cpus": 40, "train.epochs": 8},
+        changes={"ray.num_cpus": 40, "train.epochs": 8, "data.metric": "edit_similarity"},
     )
     end_shared_cluster()
     run_search(opened(path), tell=print)

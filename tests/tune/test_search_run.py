@@ -188,6 +188,8 @@ def test_a_search_whose_driver_is_killed_ends_as_if_it_had_not_been(tmp_path: Pa
         "scheduler": ASHA,
         "search": {"by": "tpe", "startup": 2},
         "confirm": {"seeds": [3]},
+        # Of which a random model has some, so that the tables have something to differ in.
+        "changes": {"data.metric": "edit_similarity"},
     }
     whole, cut = make_search(tmp_path / "whole", **values), make_search(tmp_path / "cut", **values)
     assert start(whole).wait(timeout=SECONDS) == 0
