@@ -182,6 +182,7 @@ def _show(plan: Any, completed: Sequence[str], as_json: bool, verb: str) -> None
         count = f"{plan.num_rows} row{'' if plan.num_rows == 1 else 's'}"
         more = f", {len(plan.request.derived)} made of them" if plan.request.derived else ""
         end = f"{count}{more}; models trained on them: {len(plan.request.learnt)}"
+        end += f", grown from these: {len(plan.descendants)}"
         out.print(Group(table, Text(end, "bold")))
 
 
@@ -197,6 +198,7 @@ def _as_json(plan: Any, completed: Sequence[str]) -> dict[str, Any]:
             "already": dict(plan.already),
             "stages": dict(plan.stages),
             "models": {key: len(marks) for key, marks in request.learnt.items()},
+            "descendants": list(plan.descendants),
         }
     return found
 

@@ -87,7 +87,7 @@ def forget(
                 with contextlib.suppress(StoreError):
                     plan.request.withdraw(store)
                 raise
-            say(f"taking rows out of {len(plan.stages)} artifacts")
+            say(f"taking rows out of {len(plan.request.erased)} artifacts")
             reports |= _carry_out(store, plan.request, lease, owner, ttl)
         return Outcome(completed=tuple(begun), plan=plan, reports=tuple(sorted(reports)))
 

@@ -26,6 +26,7 @@ from pipelines.inventory import (
 )
 from pipelines.provenance import now_iso
 from pipelines.rowsets import REPLAY, TRAIN, kind_folder
+from pipelines.workspace import CHECKPOINTS, FAILURE
 from seekr.errors import ConfigError
 
 # Stages that read sources; how far the rows of an unfinished one were read is not written down.
@@ -40,17 +41,27 @@ class Plan:
 
     Attributes:
         already: ids that an earlier request names and no file holds, with that request's day.
-        stages: by the key of an artifact or an unfinished stage, what becomes of it, in words.
+        descendants: keys of models that grew from one that was trained on the rows.
     """
 
     request: Request
     already: Mapping[str, str]
-    stages: Mapping[str, str]
+    descendants: tuple[str, ...]
 
     @property
     def num_rows(self) -> int:
         """How many rows were asked for that the store has."""
         return len(self.request.rows)
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """What becomes of an artifact, a model or an unfinished stage, in words, by its key."""
+        request = self.request
+        words = {key: f"{_rows(count)} erased" for key, count in request.erased.items()}
+        for key, marks in request.learnt.items():
+            words[key] = f"trained on {_rows(len(marks))}: marked, its weights stay"
+        words |= {key: "grew from a model trained on them" for key in self.descendants}
+        return words | {key: "unfinished: begins again" for key in request.begin_again}
 
 
 def make_plan(
@@ -87,9 +98,12 @@ def make_plan(
         derived=tuple(sorted(derived)),
         learnt=_learnt(inventory, hits),
         erased={key: said.get(key, 0) + _num(hits.get(key, {})) for key in sorted({*hits, *said})},
-        begin_again=tuple(key for key in inventory.unfinished if _begins(inventory, key, hits)),
+        begin_again=tuple(
+            key for key in inventory.unfinished if found and _begins(inventory, key, hits)
+        ),
     )
-    return Plan(request=request, already=already, stages=_words(request))
+    grown = _descendants(inventory, request)
+    return Plan(request=request, already=already, descendants=grown)
 
 
 def _present(inventory: Inventory, wanted: Marks) -> Marks:
@@ -138,6 +152,22 @@ def _learnt(inventory: Inventory, hits: Hits) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _descendants(inventory: Inventory, request: Request) -> tuple[str, ...]:
+    """Return the models, not trained on the rows themselves, that have one that was among what they
+    were made from."""
+    came_from: dict[str, bool] = {}
+
+    def has(key: str) -> bool:
+        if key not in came_from:
+            record = inventory.records.get(key)
+            inputs = () if record is None else record.inputs.values()
+            came_from[key] = any(ref.key in request.learnt or has(ref.key) for ref in inputs)
+        return came_from[key]
+
+    trained = (key for key, record in inventory.records.items() if record.stage == "train")
+    return tuple(key for key in trained if key not in request.learnt and has(key))
+
+
 def _read_for_training(hits: Hits, key: str) -> set[str]:
     """Return the forgotten rows of an artifact that trainings read: not those to test with."""
     folders = (f"{kind_folder(TRAIN)}/", f"{REPLAY}/")
@@ -146,7 +176,10 @@ def _read_for_training(hits: Hits, key: str) -> set[str]:
 
 
 def _begins(inventory: Inventory, key: str, hits: Hits) -> bool:
-    """Tell whether an unfinished stage has read forgotten rows, or may have."""
+    """Tell whether an unfinished stage has read forgotten rows, or may have, and has kept something."""
+    names = inventory.files[key]
+    if FAILURE not in names and not any(name.startswith(f"{CHECKPOINTS}/") for name in names):
+        return False
     if key.partition("/")[0] in _READERS:
         return True
     inputs = inventory.inputs_of(key)
@@ -155,14 +188,6 @@ def _begins(inventory: Inventory, key: str, hits: Hits) -> bool:
 
 def _num(files: Mapping[str, Sequence[str]]) -> int:
     return sum(len(found) for found in files.values())
-
-
-def _words(request: Request) -> dict[str, str]:
-    """Return what becomes of artifacts, in words, by key."""
-    words = {key: f"{_rows(count)} erased" for key, count in request.erased.items()}
-    for key, marks in request.learnt.items():
-        words[key] = f"trained on {_rows(len(marks))}: marked, its weights stay"
-    return words | {key: "unfinished: begins again" for key in request.begin_again}
 
 
 def _rows(count: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -306,6 +307,7 @@ def test_looking_changes_nothing_and_says_what_will_happen(disk: Store) -> None:
     assert contents(disk) == before
     assert words[done["sample/letters"].record.key] == "1 row erased"
     assert words[done["train/letters"].record.key].startswith("trained on 2 rows: marked")
+    assert words[done["train/other"].record.key] == "grew from a model trained on them"
     assert words[keys["train1"]] == "unfinished: begins again" and keys["train2"] not in words
     assert forget(disk, IDS).plan.stages == words  # type: ignore[union-attr]
 
@@ -440,6 +442,7 @@ def small_store(root: Path) -> Store:
 def forget_with_a_fixed_clock(root: str, stop_before: int | None) -> None:
     """Forget rows; the process ends, as if it was killed, before one of its changes to the store."""
     lease.SETTLE_LOCAL_SECONDS = 0.0  # type: ignore[misc]
+    tempfile.tempdir = str(Path(root).parent)
     forget_plan.now_iso = lambda: AT
     forget_plan.uuid4 = lambda: type("Fixed", (), {"hex": "0" * 32})()
     left = [stop_before]
