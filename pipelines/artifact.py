@@ -3,6 +3,9 @@
 An artifact is a folder `{stage}/{task}/{fingerprint}` with a `record.json`, which is written last:
 no record, no artifact. The record says what was hashed (the payload), what was read, what was
 written with digests, and under which circumstances, so every byte can be traced and checked.
+
+A finished artifact never changes, with one exception: rows that are to be forgotten (`pipelines.erase`).
+Its record then says so, and has the digests of the files as they are.
 """
 
 from __future__ import annotations
@@ -35,6 +38,29 @@ class StageRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Erasure:
+    """What one request to forget rows has done to an artifact, or says of it.
+
+    Attributes:
+        request: its id, see `forgotten.Request`.
+        at: when it was made, ISO 8601, UTC.
+        rows: how many rows the artifact's files have lost.
+        learnt: marks (`forgotten.mark_of`) of the rows that a model was trained on. Its weights are
+            as they were.
+        replaced: the files as they were before.
+        done: False while files are being replaced: until then each of them is as before, or as the
+            record says.
+    """
+
+    request: str
+    at: str
+    rows: int
+    learnt: tuple[str, ...] = ()
+    replaced: tuple[OutputFile, ...] = ()
+    done: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageRecord:
     """The content of `record.json`.
 
@@ -51,6 +77,8 @@ class StageRecord:
         peak_memory_bytes: growth of the driver's process tree, see `provenance.PeakMemory`.
         attempts: how often it was begun, the successful time included.
         host, user, argv, git_commit, versions: circumstances, see `provenance.Provenance`.
+        forgotten: rows that were taken out, or that a model has learnt and the store has forgotten,
+            from the oldest request to the newest.
     """
 
     stage: str
@@ -73,6 +101,7 @@ class StageRecord:
     argv: tuple[str, ...]
     git_commit: str | None
     versions: dict[str, str]
+    forgotten: tuple[Erasure, ...] = ()
 
     @property
     def key(self) -> str:
@@ -81,7 +110,15 @@ class StageRecord:
 
     def save(self, store: Store) -> None:
         """Writes the record: from now on the artifact exists."""
-        store.write_json(f"{self.key}/{RECORD}", asdict(self))
+        value = asdict(self)
+        if not self.forgotten:
+            del value["forgotten"]
+        store.write_json(f"{self.key}/{RECORD}", value)
+
+    def accepted(self, output: OutputFile) -> list[OutputFile]:
+        """Return what a file may be: as recorded or, while rows are taken out, as it was before."""
+        before = (old for erasure in self.forgotten if not erasure.done for old in erasure.replaced)
+        return [output, *(old for old in before if old.path == output.path)]
 
     @classmethod
     def load(cls, store: Store, key: str) -> StageRecord:
@@ -108,14 +145,21 @@ class StageRecord:
     @classmethod
     def _from_json(cls, value: Any) -> StageRecord:
         names = {f.name for f in fields(cls)}
-        if not isinstance(value, dict) or value.keys() != names:
+        if not isinstance(value, dict) or value.keys() | {"forgotten"} != names:
             found = sorted(value) if isinstance(value, dict) else type(value).__name__
             raise ValueError(
                 f"found {found}, expected the fields {sorted(names)}; another version of seekr?"
             )
         inputs = {name: StageRef(**ref) for name, ref in value["inputs"].items()}
         outputs = tuple(OutputFile(**output) for output in value["outputs"])
-        return cls(**value | {"inputs": inputs, "outputs": outputs, "argv": tuple(value["argv"])})
+        lists = {"outputs": outputs, "argv": tuple(value["argv"])}
+        forgotten = tuple(_erasure(erasure) for erasure in value.get("forgotten", ()))
+        return cls(**value | lists | {"inputs": inputs, "forgotten": forgotten})
+
+
+def _erasure(value: Any) -> Erasure:
+    replaced = tuple(OutputFile(**output) for output in value["replaced"])
+    return Erasure(**value | {"replaced": replaced, "learnt": tuple(value["learnt"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +203,9 @@ class Artifact:
 def verify(store: Store, record: StageRecord, depth: Depth = "digests") -> None:
     """Checks that the files of an artifact are what its record says.
 
+    Where rows were taken out that is what is left: a record has the digests of the newest files. Those
+    that read them name their input by its fingerprint, which stays, so they are not concerned.
+
     Args:
         store: where it lies.
         record: what is expected.
@@ -171,14 +218,14 @@ def verify(store: Store, record: StageRecord, depth: Depth = "digests") -> None:
     sizes = {file.path: file.size for file in store.list(record.key)}
     for output in record.outputs:
         size = sizes.get(f"{record.key}/{output.path}")
-        if size != output.size:
+        if size not in {file.size for file in record.accepted(output)}:
             found = "no such file" if size is None else f"{size} bytes"
             raise _changed(store, record, output, f"{output.size} bytes", found)
     if depth == "sizes" or record.key in store.verified:
         return
     for output in record.outputs:
         digest = store.digest(f"{record.key}/{output.path}")
-        if digest != output.sha256:
+        if digest not in {file.sha256 for file in record.accepted(output)}:
             raise _changed(store, record, output, f"sha256 {output.sha256}", f"sha256 {digest}")
     store.verified.add(record.key)
 

@@ -42,6 +42,9 @@ def borrow(workspace: Workspace, config: StreamConfig, task: str, report: Report
     model = ModelSource.of(workspace, config, "model")
     asked = _asked(workspace, model)
     report.post(force=True, rows_done=0, rows=asked.num_rows)
+    if asked.num_rows == 0:
+        write_table(ROW_SCHEMA.empty_table(), workspace, REPLAY)
+        return StageOutcome(rows=0, stats={"asked": 0})
     arguments = {"model": model, "report": report}
     with model_pool(
         "evaluate", _Answerer, arguments, workspace.key, config.evaluate, config
@@ -60,6 +63,8 @@ def _asked(workspace: Workspace, model: ModelSource) -> pa.Table:
     records: list[dict[str, Any]] = []
     for name, options in settings["tasks"].items():
         kept = rows_of(load_rows_table(workspace.inputs[f"replay.{name}"], REPLAY))
+        if not kept:  # all were forgotten
+            continue
         template, truncate = Template.parse(options["template"]), options["truncate"]
         found = [frame_of(row, template, tokenizer, truncate) for row in kept]
         frames = [frame for frame in found if frame is not None]

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from pipelines.cli_benchmark import benchmark
+from pipelines.cli_forget import forget, rows
 from seekr.errors import ConfigError, SeekrError
 
 app = typer.Typer(
@@ -31,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(benchmark)
+app.command()(rows)
+app.command()(forget)
 out = Console()
 err = Console(stderr=True)
 

@@ -26,6 +26,7 @@ from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
 from seekr.addition import addition_of
 from seekr.collation import collate, collate_prompts
+from seekr.errors import DataError
 from seekr.metrics import METRICS
 from seekr.models import generate_greedy, load_tokenizer
 from seekr.prompts import TokenizedRow, eos_id_of, pad_id_of
@@ -60,6 +61,12 @@ def evaluate(
         _with_task(load_rows_table(workspace.inputs[f"data.{name}"], folder), name)
         for name in tasks
     )
+    left = set(table["task"].to_pylist())
+    if bare := [name for name in tasks if name not in left]:
+        raise DataError(
+            f"evaluate/{task}: {', '.join(bare)} has no row left to test with, all were forgotten; "
+            "give the task other test data"
+        )
     report.post(force=True, rows_done=0, rows=table.num_rows * len(models))
     predictions: list[pa.Table] = []
     cells: list[dict[str, Any]] = []

@@ -25,6 +25,7 @@ from pipelines.rowsets import (
     TRAIN,
     kind_folder,
     load_rows_table,
+    replayed,
     rows_of,
     write_table,
 )
@@ -35,7 +36,6 @@ from seekr.methods.seqft import SeqFT
 from seekr.models import load_tokenizer
 from seekr.prompt_generator import PromptForm, write_prompts
 from seekr.prompts import Template, TokenizedRow, eos_id_of, pad_id_of
-from seekr.sampling import replay_size
 from seekr.training.build import Origin
 from seekr.training.loop import Training, Workers
 from seekr.training.microbatches import TrainingRows
@@ -57,7 +57,7 @@ def generate(
     """
     settings = workspace.config
     table = load_rows_table(workspace.inputs["data"], kind_folder(TRAIN))
-    size = replay_size(table.num_rows, settings["ratio"], settings["rows"])
+    size = replayed(workspace.inputs["data"], settings)
     report.post(force=True, rows_done=0, rows=size)
     arguments = {
         "model": ModelSource.of(workspace, config, "model"),

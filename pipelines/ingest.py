@@ -2,6 +2,7 @@
 
 One Ray task per file reads, encodes and hands on good and bad rows alike, and one pass writes all of
 them, in a folder per kind. Only sources that repeat themselves are shuffled, to drop the repetitions.
+Of rows that the store has forgotten nothing is written but how many there were.
 What is written does not depend on how files were cut, but for its order, which carries no meaning.
 """
 
@@ -21,6 +22,7 @@ from pyarrow.dataset import field as column
 from ray.data import Dataset, SaveMode
 
 from pipelines.config import StreamConfig
+from pipelines.forgotten import ForgottenRows, quarantined_id
 from pipelines.inspection import inspect
 from pipelines.monitor import Reporter
 from pipelines.readers import read_rows as read_source_rows
@@ -40,6 +42,8 @@ QUARANTINE = "quarantine.json"
 _LIMIT_SEED = 0
 _VALIDATION_SEED = 1
 _REASON = ("file", "line", "reason", "text")
+# Ends the kind of rows that are left out, while they are counted.
+_FORGOTTEN = "-forgotten"
 
 
 def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
@@ -48,7 +52,8 @@ def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Report
     settings = dict(workspace.config)
     sources = {TRAIN: named.train} | ({TEST: named.test} if named.test is not None else {})
     items = [{"kind": kind, "file": f} for kind, s in sources.items() for f in list_files(s)]
-    encoder = _Encoder(str(config.model.path), config.model.trust_remote_code, settings)
+    forgotten = ForgottenRows.load(workspace.store)
+    encoder = _Encoder(str(config.model.path), config.model.trust_remote_code, settings, forgotten)
     rows = ray.data.from_items(items).flat_map(encoder)
     if any(_repeats(source, _columns(settings, kind)) for kind, source in sources.items()):
         rows = _distinct(rows)
@@ -63,12 +68,15 @@ def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Report
         mode=SaveMode.OVERWRITE,
         partition_cols=["kind"],
     )
+    left_out = {f"{kind}_rows_forgotten": _left_out(workspace, kind) for kind in (*sources, BAD)}
     quarantine = _quarantined(workspace)
     workspace.write_json(QUARANTINE, quarantine)
     stats = {f"{kind}_rows": _count(workspace, kind) for kind in sources}
     for kind, source in sources.items():
         if stats[f"{kind}_rows"] == 0:
             reason = quarantine[0]["reason"] if quarantine else "none was read"
+            if left_out[f"{kind}_rows_forgotten"]:
+                reason = f"{left_out[f'{kind}_rows_forgotten']} of them are forgotten"
             raise DataError(
                 f"task {task}: no {kind} row of {source} can be encoded, the first reason is: "
                 f"{reason}; at least one is needed: correct the rows"
@@ -78,6 +86,7 @@ def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Report
     if settings["validation_rows"]:
         stats["validation_rows"] = _count(workspace, VALIDATION)
     stats["quarantined"] = len(quarantine)
+    stats |= {name: count for name, count in left_out.items() if count}
     if TEST in sources:
         stats["test_rows_in_train"] = len(_ids(workspace, TRAIN) & _ids(workspace, TEST))
     return StageOutcome(rows=num_rows + stats.get("validation_rows", 0), stats=stats)
@@ -86,14 +95,29 @@ def ingest(workspace: Workspace, config: StreamConfig, task: str, report: Report
 class _Encoder:
     """Reads one file and yields encoded rows, or the reason why one cannot be."""
 
-    def __init__(self, model: str, trust_remote_code: bool, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: str,
+        trust_remote_code: bool,
+        settings: dict[str, Any],
+        forgotten: ForgottenRows,
+    ) -> None:
         self._model, self._trust_remote_code, self._settings = model, trust_remote_code, settings
+        self._forgotten = forgotten
 
     def __call__(self, item: dict[str, Any]) -> Iterator[dict[str, Any]]:
         file: SourceFile = item["file"]
         for row in read_source_rows(file, _columns(self._settings, item["kind"])):
             record = _bad(row) if isinstance(row, BadRow) else self._encoded(row, item["kind"])
-            yield {"kind": item["kind"]} | record
+            record = {"kind": item["kind"]} | record
+            yield _nothing_of(record) if self._is_forgotten(record) else record
+
+    def _is_forgotten(self, record: dict[str, Any]) -> bool:
+        """Tell whether a row was forgotten: a good one, one without a place, or one in quarantine."""
+        if record["kind"] != BAD:
+            return self._forgotten.holds(record["row_id"])
+        named = self._forgotten.mentioned(record["reason"])
+        return named or self._forgotten.holds(quarantined_id(record["text"]))
 
     def _encoded(self, row: SourceRow, kind: str) -> dict[str, Any]:
         settings = self._settings
@@ -130,6 +154,13 @@ class _Encoder:
 def _bad(row: BadRow) -> dict[str, Any]:
     empty = {"row_id": "", "input": "", "references": [""], "input_ids": [0], "prompt_length": 0}
     return empty | asdict(row) | {"kind": BAD}
+
+
+def _nothing_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the kind of a row that is left out and nothing else of it."""
+    empty = {"row_id": "", "input": "", "references": [""], "input_ids": [0], "prompt_length": 0}
+    nothing: dict[str, Any] = {name: None for name in record} | empty
+    return nothing | {"kind": record["kind"] + _FORGOTTEN}
 
 
 @functools.lru_cache(maxsize=2)
@@ -203,6 +234,13 @@ def _quarantined(workspace: Workspace) -> list[dict[str, Any]]:
     )
     workspace.store.remove(workspace.path(folder))
     return table.sort_by([("file", "ascending"), ("line", "ascending")]).to_pylist()
+
+
+def _left_out(workspace: Workspace, kind: str) -> int:
+    """Count the rows of a kind that were forgotten, and remove what they were counted by."""
+    count = _count(workspace, kind + _FORGOTTEN)
+    workspace.store.remove(workspace.path(f"{ROWS}/kind={kind}{_FORGOTTEN}"))
+    return count
 
 
 def _ids(workspace: Workspace, kind: str) -> set[str]:

@@ -57,6 +57,7 @@ class Lease:
         settle: seconds to wait before the flag is raised, so that claims written at the same time
             are seen and need not collide.
         on_wait: called with the owner that is waited for, each time this becomes another one.
+        owner: how this process is shown to others, where its arguments are not for them.
     """
 
     def __init__(
@@ -67,8 +68,9 @@ class Lease:
         ttl: float = TTL_SECONDS,
         settle: float | None = None,
         on_wait: Callable[[Owner], None] | None = None,
+        owner: Owner | None = None,
     ) -> None:
-        self.owner = Owner.current()
+        self.owner = owner or Owner.current()
         self._store = store
         self._folder = f"{folder}/{FOLDER}"
         self._ttl = ttl

@@ -5,18 +5,24 @@ The records in the store are the truth; MLflow is a view of them (`pipelines.tra
 asked here. Stages share inputs (a replay set teaches, trains and scores), so what a model came from
 is a graph and not a tree: `walk` keeps every stage once, and only the rendering unfolds it,
 pointing back at what was shown.
+
+It also says which rows a model has learnt that the store has forgotten since: its own training's, and
+those of all models that it grew from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.text import Text
 from rich.tree import Tree
 
-from pipelines.artifact import StageRecord, StageRef
+from pipelines.artifact import RECORD, Erasure, StageRecord, StageRef
+from pipelines.forgotten import FOLDER
+from pipelines.store import Store
 from seekr.errors import ConfigError
 
 SHORT = 12
@@ -32,12 +38,14 @@ class Origin:
         inputs: what it read, by the name the stage gives it.
         sources: digests of what entered from outside the store, by name.
         finished_at: ISO 8601, or None when the record is missing.
+        forgotten: what was taken out of it, and what a model has learnt of that.
     """
 
     ref: StageRef
     inputs: Mapping[str, StageRef]
     sources: Mapping[str, str]
     finished_at: str | None
+    forgotten: tuple[Erasure, ...] = ()
 
     @property
     def is_missing(self) -> bool:
@@ -60,10 +68,20 @@ class Lineage:
             for name, digest in origin.sources.items()
         }
 
+    def forgotten(self) -> dict[str, int]:
+        """How many rows the root or a model it grew from was trained on and the store has forgotten
+        since, by the day of the request."""
+        return rows_by_day(e for origin in self.origins.values() for e in origin.forgotten)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values: the root's key, and every stage with its input keys and source digests."""
+        """Plain values: the root's key, and every stage with its input keys and source digests.
+
+        `trained_on_forgotten` counts rows by day; a stage of which rows were taken out, or which
+        learnt some, has `forgotten`.
+        """
         return {
             "root": self.root.key,
+            "trained_on_forgotten": self.forgotten(),
             "stages": {
                 key: {
                     "stage": origin.ref.stage,
@@ -72,6 +90,15 @@ class Lineage:
                     "finished_at": origin.finished_at,
                     "inputs": {name: ref.key for name, ref in origin.inputs.items()},
                     "sources": dict(origin.sources),
+                    "forgotten": [
+                        {
+                            "request": erasure.request,
+                            "at": erasure.at,
+                            "rows": erasure.rows,
+                            "learnt": len(erasure.learnt),
+                        }
+                        for erasure in origin.forgotten
+                    ],
                 }
                 for key, origin in self.origins.items()
             },
@@ -119,7 +146,12 @@ def render_tree(lineage: Lineage) -> Tree:
     Sources are leaves with their digests. Depth first, so a mention always follows its unfolding.
     """
     root = lineage.origins[lineage.root.key]
-    tree = Tree(_label("", root))
+    label = _label("", root)
+    inherited = lineage.forgotten()
+    if inherited and inherited != rows_by_day(root.forgotten):
+        words = f"  with the models it grew from: trained on {said_by_day(inherited)}"
+        label.append(words, style="yellow")
+    tree = Tree(label)
     shown = {lineage.root.key}
     pending: list[tuple[Tree, str, StageRef | str]] = _branches(tree, root)
     while pending:
@@ -152,7 +184,46 @@ def _label(name: str, origin: Origin) -> Text:
     )
     if origin.is_missing:
         return label.append("  its record is missing from the store", style="red")
-    return label.append(f"  {str(origin.finished_at)[:16].replace('T', ' ')}", style="dim")
+    label.append(f"  {str(origin.finished_at)[:16].replace('T', ' ')}", style="dim")
+    if learnt := rows_by_day(origin.forgotten):
+        label.append(f"  trained on {said_by_day(learnt)}", style="yellow")
+    for erasure in origin.forgotten:
+        if erasure.rows:
+            words = f"  {_num_rows(erasure.rows)} taken out on {erasure.at[:10]}"
+            label.append(words + ("" if erasure.done else ", not to its end"), style="yellow")
+    return label
+
+
+def learnt_and_forgotten(store: Store, record: StageRecord) -> dict[str, int]:
+    """Return how many rows a model, or one it grew from, was trained on and the store has forgotten
+    since, by the day of the request; from the records in the store."""
+    if not store.exists(FOLDER):
+        return {}
+    found, pending = {record.key: record}, list(record.inputs.values())
+    while pending:
+        ref = pending.pop()
+        if ref.key not in found and store.stat(f"{ref.key}/{RECORD}") is not None:
+            found[ref.key] = StageRecord.load(store, ref.key)
+            pending.extend(found[ref.key].inputs.values())
+    return rows_by_day(erasure for other in found.values() for erasure in other.forgotten)
+
+
+def rows_by_day(erasures: Iterable[Erasure]) -> dict[str, int]:
+    """Return how many different rows models were trained on and requests have named, by their day."""
+    days: dict[str, str] = {}
+    for erasure in erasures:
+        for mark in erasure.learnt:
+            days[mark] = max(days.get(mark, ""), erasure.at[:10])
+    return dict(sorted(Counter(days.values()).items()))
+
+
+def said_by_day(rows: Mapping[str, int]) -> str:
+    """Say such numbers in words."""
+    return ", ".join(f"{_num_rows(n)} forgotten on {day}" for day, n in rows.items())
+
+
+def _num_rows(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
 
 
 def _origin(ref: StageRef, record: StageRecord | None) -> Origin:
@@ -163,6 +234,7 @@ def _origin(ref: StageRef, record: StageRecord | None) -> Origin:
         inputs=record.inputs,
         sources=record.payload["sources"],
         finished_at=record.finished_at,
+        forgotten=record.forgotten,
     )
 
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from pipelines.config import PoolConfig, StreamConfig
+from pipelines.forgotten import NOTHING, ForgottenRows
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device, ray_tables, rows_in_blocks
@@ -55,7 +56,7 @@ def meta(workspace: Workspace, config: StreamConfig, label: str, report: Reporte
     """
     weights = config.token_weights
     assert weights is not None
-    items, odd = read_pairs(config, weights.meta)
+    items, odd = read_pairs(config, weights.meta, ForgottenRows.load(workspace.store))
     held_out = set(draw([item.item_id for item in items], weights.meta.held_out, config.seed))
     arguments = {
         "model": ModelSource.of(workspace, config, "model"),
@@ -79,8 +80,12 @@ def meta(workspace: Workspace, config: StreamConfig, label: str, report: Reporte
     return StageOutcome(rows=len(items), stats=stats, seeds={"meta": config.seed})
 
 
-def read_pairs(config: StreamConfig, settings: MetaConfig) -> tuple[list[MetaItem], dict[str, int]]:
+def read_pairs(
+    config: StreamConfig, settings: MetaConfig, forgotten: ForgottenRows = NOTHING
+) -> tuple[list[MetaItem], dict[str, int]]:
     """Return the pairs that may be learnt from, and how many were left out and why.
+
+    A pair of which the document or the sentence was forgotten is left out without being counted.
 
     Raises:
         DataError: too few are left, or more than data.max_bad_share cannot be used.
@@ -105,7 +110,8 @@ def read_pairs(config: StreamConfig, settings: MetaConfig) -> tuple[list[MetaIte
                 excluded += 1
                 continue
             item = _item(row, tokenizer, settings.max_length)
-            items[item.item_id] = item
+            if not any(forgotten.holds(row.row_id) for row in (item.document, item.task)):
+                items[item.item_id] = item
         except DataError as error:
             bad.append(str(error))
     if len(bad) > config.data.max_bad_share * total or len(items) <= settings.held_out:

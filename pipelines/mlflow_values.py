@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from pipelines.artifact import Artifact, StageRecord
+from pipelines.lineage import rows_by_day, said_by_day
 from pipelines.provenance import redact
 from pipelines.results import StreamView
 
@@ -192,6 +193,13 @@ def model_tags(artifact: Artifact) -> dict[str, str]:
     tags |= {key(f"seekr.input.{name}"): ref.key for name, ref in record.inputs.items()}
     sources = record.payload["sources"]
     return tags | {key(f"seekr.source.{name}"): str(value) for name, value in sources.items()}
+
+
+def said_of_rows(record: StageRecord) -> str:
+    """How many rows were taken out of a stage's files and when, and what a model had learnt of them."""
+    parts = [f"{e.rows} taken out on {e.at[:10]}" for e in record.forgotten if e.rows]
+    learnt = rows_by_day(record.forgotten)
+    return ", ".join([*parts, *([f"trained on {said_by_day(learnt)}"] if learnt else [])])
 
 
 def chunks(items: Iterable[_Item], count: int) -> Iterator[list[_Item]]:

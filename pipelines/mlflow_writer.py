@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from pipelines import mlflow_values as values
 from pipelines.artifact import Artifact
+from pipelines.lineage import learnt_and_forgotten, said_by_day
 from pipelines.mlflow_values import Point, cut, digest, key
 from pipelines.results import StreamView
 from pipelines.stage import Stage
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 EXPERIMENT: Final = "seekr"
 NEWEST: Final = "newest"
 MODEL: Final = "model"
+# Of a stage's run: what was taken out of its files. Of a model's version: what it has learnt of that.
+FORGOTTEN: Final = "seekr.forgotten"
+TRAINED_ON: Final = "seekr.trained_on_forgotten"
 
 
 class MlflowWriter:
@@ -66,8 +70,11 @@ class MlflowWriter:
         self._client.set_tag(run_id, key(f"seekr.in_stream.{self._stream}"), self._parent)
         link = key(f"seekr.stage.{record.stage}.{record.task}")
         self._client.set_tag(self._parent, link, run_id)
+        if record.forgotten:
+            self._client.set_tag(run_id, FORGOTTEN, cut(values.said_of_rows(record)))
         if any(output.path.startswith(f"{MODEL}/") for output in record.outputs):
             self._register(artifact, run_id)
+            self.mark(artifact)
 
     def log_steps(self, stage: Stage, steps: Sequence[Mapping[str, Any]]) -> None:
         """Put steps of a training that still runs on its stage's run, each once over all attempts.
@@ -105,6 +112,18 @@ class MlflowWriter:
     def end(self, status: str) -> None:
         """Close the parent run as FINISHED or FAILED; a later run of the stream opens it again."""
         self._client.set_terminated(self._parent, status)
+
+    def mark(self, artifact: Artifact) -> None:
+        """Tag every version of a model, of whatever stream, that was trained on rows the store has
+        forgotten since."""
+        rows = learnt_and_forgotten(artifact.store, artifact.record)
+        if not rows:
+            return
+        identity = digest(self._store, artifact.record.key)
+        for version in self._client.search_model_versions(f"tags.`seekr.key` = '{identity}'"):
+            self._client.set_model_version_tag(
+                version.name, str(version.version), TRAINED_ON, cut(said_by_day(rows))
+            )
 
     def _parent_run(self) -> str:
         identity = digest(self._store, self._stream)

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pipelines.artifact import Artifact
 from pipelines.config import StreamConfig
 from pipelines.data_config import ProbeConfig
+from pipelines.forgotten import ForgottenRows
 from pipelines.monitor import Reporter
 from pipelines.readers import BadRow, read_source
 from pipelines.rows import SourceRow
@@ -45,11 +46,14 @@ def probe(workspace: Workspace, config: StreamConfig, name: str, report: Reporte
     tokenizer = load_tokenizer(folder, trust_remote_code=config.model.trust_remote_code)
     found: dict[str, tuple[Probe, str]] = {}
     bad: list[dict[str, str | int]] = []
+    forgotten = ForgottenRows.load(workspace.store)
     for row in read_source(item.data, probe_columns(item)):
         try:
             if isinstance(row, BadRow):
                 raise DataError(row.reason)
             made = make_probe(tokenizer, _sentence(row, item), row.references[0])
+            if forgotten.holds(made.row_id):
+                continue
             length = len(made.input_ids)
             if length > config.data.max_length:
                 raise DataError(f"{length} tokens, and data.max_length is {config.data.max_length}")
@@ -66,7 +70,7 @@ def probe(workspace: Workspace, config: StreamConfig, name: str, report: Reporte
         )
     kept = sorted(found)
     if item.rows is not None:
-        kept = draw(kept, item.rows, config.seed)
+        kept = draw(kept, min(item.rows, len(kept)) if forgotten.dates else item.rows, config.seed)
     records = [
         {
             "row_id": row_id,

@@ -41,6 +41,9 @@ def record_weights(
     if workspace.config["weights"] == "mean":
         asked = load_rows_table(workspace.inputs["data"], kind_folder(TRAIN))
     report.post(force=True, rows_done=0, rows=asked.num_rows)
+    if kept.num_rows == 0:  # all were forgotten
+        write_table(schema.empty_table(), workspace, folder)
+        return StageOutcome(rows=0)
     arguments = {"model": ModelSource.of(workspace, config, "teacher"), "report": report}
     with model_pool("teach", _Recorder, arguments, workspace.key, config.teach, config) as through:
         found = pa.concat_tables(ray_tables(through(rows_in_blocks(asked, config.teach))))

@@ -20,6 +20,7 @@ from pipelines.figures import MAX_POINTS
 from pipelines.readable import breakable, config_yaml, duration, metric_name
 from pipelines.report_accuracy import comparison, forgetting_curves, matrix_table, tiles
 from pipelines.report_blocks import shared_attention
+from pipelines.report_erasure import erased_rows
 from pipelines.report_knowledge import (
     knowledge_comparison,
     knowledge_section,
@@ -134,6 +135,7 @@ def _sections(view: StreamView, matrix: AccuracyMatrix) -> dict[str, Any]:
         "general": general_ability(view),
         "benchmark": view.config.get("benchmark"),
         "held_out": view.config.get("evaluate", {}).get("split") == "validation",
+        "forgotten": erased_rows(view),
         "sources": view.sources(),
         "versions": view.versions(),
         "origin": origin(view),

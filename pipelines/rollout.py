@@ -33,6 +33,9 @@ def rollout(
     """Run the stage; writes replay/."""
     table = load_rows_table(workspace.inputs["replay"], REPLAY)
     report.post(force=True, rows_done=0, rows=table.num_rows)
+    if table.num_rows == 0:  # all were forgotten
+        write_table(table, workspace, REPLAY)
+        return StageOutcome(rows=0, stats={"asked": 0, "accepted": 0})
     arguments = {
         "model": ModelSource.of(workspace, config, "model"),
         "settings": dict(workspace.config),

@@ -6,7 +6,7 @@ pyarrow alone. Either way the schema is this one, and order never carries meanin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +18,7 @@ from ray.data import Dataset, SaveMode
 from pipelines.artifact import Artifact
 from pipelines.workspace import Workspace
 from seekr.prompts import TokenizedRow
-from seekr.sampling import draw, priority
+from seekr.sampling import draw, priority, replay_size
 
 ROW_SCHEMA = pa.schema(
     [
@@ -80,6 +80,14 @@ def write_table(rows: pa.Table, workspace: Workspace, folder: str) -> None:
     filesystem.create_dir(workspace.full_path(folder))
     with filesystem.open_output_stream(f"{workspace.full_path(folder)}/rows.parquet") as sink:
         pq.write_table(rows.sort_by("row_id"), sink)
+
+
+def replayed(data: Artifact, settings: Mapping[str, Any]) -> int:
+    """Return how many rows are kept of a task: of what it had before any were forgotten, if there are
+    so many. A forgotten row's place goes to the next one, and a ratio still means what it meant."""
+    left = int(data.record.stats["train_rows"])
+    before = left + int(data.record.stats.get(f"{TRAIN}_rows_forgotten", 0))
+    return min(left, replay_size(before, settings["ratio"], settings["rows"]))
 
 
 def smallest(rows: Dataset, kind: str | None, size: int, seed: int) -> pa.Array:

@@ -14,22 +14,26 @@ import pyarrow as pa
 from pyarrow.dataset import field as column
 
 from pipelines.config import PoolConfig, StreamConfig
+from pipelines.forgotten import ForgottenRows
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device, ray_tables, rows_in_blocks
 from pipelines.rowsets import (
     REPLAY,
+    ROW_SCHEMA,
     TRAIN,
     kind_folder,
     load_rows_table,
     read_rows,
+    replayed,
     rows_of,
     smallest,
     write_rows,
+    write_table,
 )
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
-from seekr.sampling import most_surprising, replay_size
+from seekr.sampling import most_surprising
 from seekr.surprise import surprise
 
 SURPRISE_SCHEMA = pa.schema([("row_id", pa.string()), ("surprise", pa.float64())])
@@ -38,35 +42,46 @@ SURPRISE_SCHEMA = pa.schema([("row_id", pa.string()), ("surprise", pa.float64())
 def sample(workspace: Workspace, config: StreamConfig, task: str, report: Reporter) -> StageOutcome:
     """Run the stage; writes replay/."""
     settings, data = workspace.config, workspace.inputs["data"]
-    num_rows = data.record.stats["train_rows"]
-    size = replay_size(num_rows, settings["ratio"], settings["rows"])
+    num_rows, size = data.record.stats["train_rows"], replayed(data, settings)
+    # Data that came back with a backup does not come back into the replay memory.
+    forgotten = ForgottenRows.load(workspace.store)
     surprising = settings.get("sampling") == "surprise"
     if surprising:
-        kept = _most_surprising(workspace, config, size, report)
+        kept = _most_surprising(workspace, config, size, report, forgotten)
     else:
         ids = read_rows(data, kind_folder(TRAIN), ["row_id"])
+        if forgotten.dates:
+            ids = ids.map_batches(forgotten.filtered, batch_format="pyarrow")
         kept = smallest(ids, None, size, settings["seed"])
 
     def drawn(table: pa.Table) -> pa.Table:
         return table.filter(column("row_id").isin(kept))
 
-    rows = read_rows(data, kind_folder(TRAIN))
-    write_rows(rows.map_batches(drawn, batch_format="pyarrow"), workspace, REPLAY)
+    size = len(kept)
+    if size:
+        rows = read_rows(data, kind_folder(TRAIN))
+        write_rows(rows.map_batches(drawn, batch_format="pyarrow"), workspace, REPLAY)
+    else:  # all were forgotten
+        write_table(ROW_SCHEMA.empty_table(), workspace, REPLAY)
     report.post(force=True, rows_done=size)
     seeds = {} if surprising else {"sample": settings["seed"]}
     return StageOutcome(rows=size, stats={"drawn_from": num_rows}, seeds=seeds)
 
 
 def _most_surprising(
-    workspace: Workspace, config: StreamConfig, size: int, report: Reporter
+    workspace: Workspace,
+    config: StreamConfig,
+    size: int,
+    report: Reporter,
+    forgotten: ForgottenRows,
 ) -> pa.Array:
-    table = load_rows_table(workspace.inputs["data"], kind_folder(TRAIN))
+    table = forgotten.filtered(load_rows_table(workspace.inputs["data"], kind_folder(TRAIN)))
     report.post(force=True, rows_done=0, rows=table.num_rows)
     arguments = {"model": ModelSource.of(workspace, config, "model"), "report": report}
     with model_pool("teach", _Surprised, arguments, workspace.key, config.teach, config) as through:
         found = pa.concat_tables(ray_tables(through(rows_in_blocks(table, config.teach))))
     by_id = dict(zip(found["row_id"].to_pylist(), found["surprise"].to_pylist(), strict=True))
-    return pa.array(most_surprising(by_id, size), pa.string())
+    return pa.array(most_surprising(by_id, min(size, len(by_id))), pa.string())
 
 
 class _Surprised:

@@ -14,7 +14,7 @@ from pipelines.config import PoolConfig, StreamConfig
 from pipelines.hosts import model_pool
 from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device, rows_in_blocks
-from pipelines.rowsets import REPLAY, load_rows_table, rows_of, write_rows
+from pipelines.rowsets import REPLAY, load_rows_table, rows_of, write_rows, write_table
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
 from seekr.collation import collate
@@ -34,6 +34,9 @@ def score(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
     """Run the stage; writes scores/."""
     table = load_rows_table(workspace.inputs["replay"], REPLAY)
     report.post(force=True, rows_done=0, rows=table.num_rows)
+    if table.num_rows == 0:  # all were forgotten
+        write_table(SCORE_SCHEMA.empty_table(), workspace, SCORES)
+        return StageOutcome(rows=0)
     arguments = {
         "before": ModelSource.of(workspace, config, "before"),
         "after": ModelSource.of(workspace, config, "after"),

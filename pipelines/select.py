@@ -18,6 +18,7 @@ from pipelines.rowsets import load_table
 from pipelines.score import SCORES, STATISTICS
 from pipelines.stage import StageOutcome
 from pipelines.workspace import Workspace
+from seekr.errors import DataError
 from seekr.importance import HeadStatistics, combine, forgettability, task_sensitivity
 from seekr.selection import HeadSelection, random_heads, select_heads
 
@@ -30,11 +31,18 @@ def select(workspace: Workspace, config: StreamConfig, task: str, report: Report
     per_task: list[tuple[np.ndarray, np.ndarray]] = []
     for name in sorted(workspace.inputs):
         stats = _statistics(workspace.inputs[name])
+        if not stats:  # all rows of the task were forgotten
+            continue
         pair = (
             task_sensitivity(stats, settings["definition"]),
             forgettability(stats, settings["definition"]),
         )
         per_task.append(pair)
+    if not per_task:
+        raise DataError(
+            f"select/{task}: no task has a replay row left, all were forgotten, so there is nothing to "
+            "choose heads by; raise replay.ratio or replay.rows, or use a method without heads"
+        )
     sensitivity_LH = np.sum([pair[0] for pair in per_task], axis=0)
     forgettability_LH = np.sum([pair[1] for pair in per_task], axis=0)
     importance_LH = combine(per_task, settings["combine"])

@@ -29,6 +29,7 @@ from pipelines.artifact import (
 )
 from pipelines.claims import Owner
 from pipelines.fingerprint import fingerprint, plain
+from pipelines.forgotten import require_settled
 from pipelines.lease import TTL_SECONDS, Lease, holder
 from pipelines.provenance import PeakMemory, Provenance, now_iso
 from pipelines.store import Store
@@ -180,7 +181,8 @@ def run_stage(
         ttl: see `lease.Lease`.
 
     Raises:
-        StoreError: an input is missing or was changed, or the store cannot be used.
+        StoreError: an input is missing or was changed, rows are being forgotten, or the store cannot
+            be used.
         LeaseLost: another run took over; nothing was committed.
     """
     tell = _ignore if on_event is None else on_event
@@ -195,6 +197,7 @@ def run_stage(
             store, stage, tell
         ):  # whoever held the lease before us may have finished
             return record
+        require_settled(store)
         workspace = _prepare(store, stage, lease, verify)
         kind = "resumed" if workspace.resumed else "started"
         tell(StageEvent(kind=kind, stage=stage, attempt=workspace.attempt))
@@ -245,7 +248,9 @@ def _prepare(store: Store, stage: Stage, lease: Lease, depth: Depth) -> Workspac
     for name in sorted(left - KEPT_BETWEEN_ATTEMPTS):
         store.remove(f"{stage.key}/{name}")
     attempt = 1 + _attempts(store, stage)
-    store.write_json(f"{stage.key}/{ATTEMPTS}", {"attempts": attempt})
+    # `seekr forget` looks there for what an unfinished stage has read.
+    read = {name: wanted.key for name, wanted in stage.inputs.items()}
+    store.write_json(f"{stage.key}/{ATTEMPTS}", {"attempts": attempt, "inputs": read})
     return Workspace(
         store=store,
         key=stage.key,

@@ -113,6 +113,14 @@ class Store:
         files = [self._stored(info) for info in infos if info.type == fs.FileType.File]
         return sorted(files, key=lambda file: file.path)
 
+    def list_all(self) -> list[StoredFile]:
+        """All files of the store, sorted by path."""
+        selector = fs.FileSelector(self.location.root, recursive=True, allow_not_found=True)
+        with self._io("listing", ""):
+            infos = self.filesystem.get_file_info(selector)
+        files = [self._stored(info) for info in infos if info.type == fs.FileType.File]
+        return sorted(files, key=lambda file: file.path)
+
     def children(self, path: str) -> list[str]:
         """Names of the folders directly below the folder `path`, sorted."""
         infos = self._select(path, recursive=False)
@@ -292,8 +300,9 @@ class Store:
                 f"{self.uri_for(path)}: failed while {doing}: there is no such file."
             ) from None
         except (OSError, pa.ArrowException) as error:
+            place = self.uri_for(path) if path else self.location.shown
             raise StoreError(
-                f"{self.uri_for(path)}: failed while {doing}: {self.location.redact(str(error))}."
+                f"{place}: failed while {doing}: {self.location.redact(str(error))}."
             ) from None
 
 

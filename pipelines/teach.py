@@ -25,6 +25,7 @@ from pipelines.rowsets import (
     load_rows_table,
     rows_of,
     write_rows,
+    write_table,
 )
 from pipelines.select import read_selection
 from pipelines.stage import StageOutcome
@@ -47,6 +48,9 @@ def teach(workspace: Workspace, config: StreamConfig, task: str, report: Reporte
     else:
         table = load_rows_table(workspace.inputs["replay"], REPLAY)
     report.post(force=True, rows_done=0, rows=table.num_rows)
+    if table.num_rows == 0:  # all were forgotten
+        write_table(TARGET_SCHEMA.empty_table(), workspace, TARGETS)
+        return StageOutcome(rows=0)
     heads = workspace.inputs.get("heads")
     arguments = {
         "teacher": ModelSource.of(workspace, config, "teacher"),

@@ -134,11 +134,25 @@ def rebuild(
     Raises:
         TrackingError: MLflow failed; doing it again continues where it stopped.
     """
-    with _explained(tracking_uri):
-        writer = _connect(tracking_uri, view.name, store, warn)
+    with connected(tracking_uri, view.name, store, warn) as writer:
         for result in view.stages:
             writer.log_stage(result.artifact)
-        _finish(writer, view, report)
+        writer.log_results(view, report)
+
+
+@contextmanager
+def connected(
+    uri: str, stream: str, store: Store, warn: Warn = logger.warning
+) -> Iterator[MlflowWriter]:
+    """Provide a writer.
+
+    Raises:
+        TrackingError: MLflow failed, in the block as well.
+    """
+    with _explained(uri):
+        writer = _connect(uri, stream, store, warn)
+        yield writer
+        writer.end("FINISHED")
 
 
 def _finish(writer: MlflowWriter, view: StreamView, report: Path | None) -> None:

@@ -67,6 +67,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seekr"
 
 
+def drop_copy(wanted: Sequence[OutputFile]) -> None:
+    """Removes this host's copy of `wanted`, if there is one."""
+    copy = _copy_of(wanted)
+    if copy.parent.is_dir():
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def _copy_of(wanted: Sequence[OutputFile]) -> Path:
+    return cache_folder() / fingerprint(sorted([file.path, file.sha256] for file in wanted))
+
+
 def fetch_once(wanted: Sequence[OutputFile], fetch: Callable[[OutputFile, Path], None]) -> Path:
     """A local folder that holds `wanted`, downloaded by the first process of this host that asks.
 
@@ -77,8 +88,8 @@ def fetch_once(wanted: Sequence[OutputFile], fetch: Callable[[OutputFile, Path],
     Raises:
         StoreError: the cache folder cannot be used; whatever `fetch` raises.
     """
-    root = cache_folder()
-    copy = root / fingerprint(sorted([file.path, file.sha256] for file in wanted))
+    copy = _copy_of(wanted)
+    root = copy.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _only_one(root / f"{copy.name}.lock"):

@@ -44,6 +44,12 @@ def row_id_of(input: str, references: Sequence[str], definition: str | None = No
     return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
 
 
+def document_id_of(text: str, focus: Sequence[str] = ()) -> str:
+    """Return the identity of a row that is a text: the same, of the text and what matters in it."""
+    content = json.dumps({"document": text, "focus": list(focus)}, sort_keys=True)
+    return hashlib.sha256(content.encode("ascii")).hexdigest()[:32]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """One row as text. `references[0]` is the answer trained on; all of them are scored."""
@@ -256,9 +262,8 @@ def encode_document(
     """
     start = start_ids(tokenizer)
     ids = [*start, *data_ids(tokenizer, text)[: max_length - 1 - len(start)]]
-    content = json.dumps({"document": text, "focus": list(focus)}, sort_keys=True)
     return TokenizedRow(
-        row_id=hashlib.sha256(content.encode("ascii")).hexdigest()[:32],
+        row_id=document_id_of(text, focus),
         input="",
         references=(text,),
         input_ids=np.asarray([*ids, eos_id_of(tokenizer)], dtype=np.int32),
