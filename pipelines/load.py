@@ -22,7 +22,7 @@ from seekr.methods import METHODS
 
 PATH_FIELDS = (
     *("model.path", "data_root", "general.folder"),
-    *("token_weights.network", "token_weights.model"),
+    *("token_weights.network", "token_weights.model", "alerts.url_file"),
 )
 # What pydantic words for programmers.
 _MESSAGES = {
@@ -37,7 +37,7 @@ _MESSAGES = {
     "float_parsing": "must be a number",
 }
 _SOURCE_FIELD = re.compile(
-    r"tasks\.\d+\.(train|test)|probes\.\d+\.data|replay\.review|"
+    r"tasks_from|tasks\.\d+\.(train|test)|probes\.\d+\.data|replay\.review|"
     r"token_weights\.meta\.(pairs|exclude\.\d+)"
 )
 
@@ -77,6 +77,7 @@ def _placed(config: StreamConfig, root: Path) -> StreamConfig:
 
     changes: dict[str, Any] = {
         "data_root": root,
+        "tasks_from": config.tasks_from and _under(root, config.tasks_from),
         "replay": placed(config.replay, "review"),
         "tasks": tuple(placed(task, "train", "test") for task in config.tasks),
         "probes": tuple(placed(item, "data") for item in config.probes),

@@ -143,7 +143,9 @@ def _sections(view: StreamView, matrix: AccuracyMatrix) -> dict[str, Any]:
 
 def _state(view: StreamView, matrix: AccuracyMatrix) -> str:
     last = view.learnt(matrix)
-    if last is None and all(task.get("test") is None for task in view.config.get("tasks", ())):
+    split = view.config.get("evaluate", {}).get("split")
+    untested = all(task.get("test") is None for task in view.config.get("tasks", ()))
+    if last is None and untested and split != "validation":
         return "No task has a test set: what is known of facts is below."
     if last is None:
         return "No task has been evaluated yet."
