@@ -208,7 +208,8 @@ class _Judge:
         try:
             longer = stream.with_tasks([task])
         except ValueError as error:
-            raise _Refused(str(error)) from None
+            hint = "; a folder may hold test.jsonl beside train.jsonl" if task.test is None else ""
+            raise _Refused(f"{error}{hint}") from None
         survey(longer)
 
     def _check_copies(

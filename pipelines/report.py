@@ -25,6 +25,7 @@ from pipelines.report_knowledge import (
     knowledge_section,
     weighed_documents,
 )
+from pipelines.report_promotion import arrivals_section, promotion_section
 from pipelines.report_stages import (
     head_maps,
     loss_charts,
@@ -132,6 +133,8 @@ def _sections(view: StreamView, matrix: AccuracyMatrix) -> dict[str, Any]:
         "knowledge": knowledge_section(view),
         "weighed": weighed_documents(view),
         "general": general_ability(view),
+        "promotion": promotion_section(view),
+        "arrivals": arrivals_section(view),
         "benchmark": view.config.get("benchmark"),
         "held_out": view.config.get("evaluate", {}).get("split") == "validation",
         "sources": view.sources(),

@@ -127,11 +127,16 @@ class Courses:
 
     def _open(self, settings: Settings, seed: int, order: Sequence[str] | None) -> Stream:
         changes: dict[str, Any] = {**self.search.changes, **settings, "seed": seed}
-        if order is not None:
-            changes["tasks"] = [
-                task.model_dump(mode="json", exclude_none=True) for task in self._ordered(order)
-            ]
-        return open_stream(self.path, (), changes)
+        arriving = self.base.config.tasks_from is not None
+        if order is None and not arriving:
+            return open_stream(self.path, (), changes)
+        names = order or [task.name for task in self.base.config.tasks]
+        # What arrives in the stream's inbox while a search runs is not for the search.
+        fixed: dict[str, Any] = {"tasks_from": None} if arriving else {}
+        fixed["tasks"] = [
+            task.model_dump(mode="json", exclude_none=True) for task in self._ordered(names)
+        ]
+        return open_stream(self.path, (), fixed | changes if order is None else changes | fixed)
 
     def _ordered(self, order: Sequence[str]) -> list[TaskConfig]:
         tasks = {task.name: task for task in self.base.config.tasks}
