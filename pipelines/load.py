@@ -223,8 +223,8 @@ def _explain(item: Any, values: dict[str, Any]) -> str:
     message = message.replace("Input should be", "must be")
     if kind == "string_type" and isinstance(found, bool | int | float):
         message += ", and YAML reads this as something else: put it in quotes"
-    if kind == "value_error" and isinstance(found, list):
-        return f"  {field}: {message}"  # the message names the items
+    if kind == "value_error" and (isinstance(found, list) or where[:1] == ["alerts"]):
+        return f"  {field}: {message}"  # the message names the items; and there may be a secret
     return f"  {field}: {message}; found {_short(found)}"
 
 

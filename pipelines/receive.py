@@ -79,13 +79,14 @@ def take_in(
         LeaseLost: another tick has taken over; what is entered so far stays.
     """
     assert config.tasks_from is not None
+    stream = register.extend(config)
     found = look(config.tasks_from, config.inbox.settle_seconds)
     new = [item for item in found if not register.knows(item.place, item.stamp)]
     waiting = [f"{item.place} waits for {item.waits_for}" for item in new if item.waits_for]
     whole = [item for item in new if not item.waits_for]
     if not whole:
         return Taken(waiting=tuple(waiting))
-    facts = survey(register.extend(config))  # what is wrong with the stream is no delivery's fault
+    facts = survey(stream)  # what is wrong with the stream is no delivery's fault
     own = {facts.tasks[task.name].train.digest: task.name for task in config.tasks}
     entered: list[Arrival] = []
     for item in whole:

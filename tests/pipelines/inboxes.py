@@ -79,10 +79,12 @@ class Arriving:
 
     path: Path
     inbox: Inbox
+    changes: tuple[str, ...] = ()
 
     @property
     def config(self) -> StreamConfig:
-        return load_config(self.path)
+        """The YAML's, with its storage beside it wherever a copy of the folder lies."""
+        return load_config(self.path, self.changes)
 
     @property
     def store(self) -> Store:
