@@ -36,7 +36,7 @@ class GateConfig(Section):
     """Mean of the same over the tasks."""
     against: Literal["best", "champion"] = execution("best")
     """The reference: the best score on the task since it was learnt, or the champion's."""
-    max_general_loss: float | None = execution(None, ge=0, le=1)
+    max_general_loss: float | None = execution(None, ge=0)
     """Of each of general.tasks: the base model's figure less the model's."""
 
     @model_validator(mode="after")
