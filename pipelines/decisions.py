@@ -155,9 +155,9 @@ class Decisions:
         return found[-1] if found else {}
 
     def has_judged(self, model: StageRef, gate: Mapping[str, Any]) -> bool:
-        """Return whether the gate has nothing more to say of a model: it was judged by these bounds, or
-        somebody has gone back from it, which the gate does not undo."""
-        return any(
+        """Return whether the gate has nothing more to say of a model: it was judged by these bounds, it is
+        the champion, or somebody has gone back from it, which the gate does not undo."""
+        return model == self.champion or any(
             (e.kind == "gate" and e.model == model and e.gate == gate)
             or (e.kind == "rollback" and e.previous == model)
             for e in self.entries

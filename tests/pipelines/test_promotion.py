@@ -99,6 +99,7 @@ def test_a_rollback_may_name_any_former_champion_and_nothing_else() -> None:
 def test_the_gate_does_not_undo_a_rollback() -> None:
     decisions = follow([("gate", "a"), ("gate", "b"), ("rollback", "")])
     assert decisions.has_judged(model("b"), {"other": "bounds"})
+    assert decisions.has_judged(model("a"), {"other": "bounds"}), "it is the champion"
     assert not decisions.has_judged(model("c"), {"other": "bounds"})
 
 
