@@ -3,7 +3,8 @@
 It is an append-only journal in the store. An entry that is `accepted` is a task of the stream, behind
 those of its YAML, in the order of the register and for ever: its rows were copied into the store before
 it was entered, so neither a change nor a removal of the file in the inbox touches the stream.
-`duplicate` and `quarantined` entries say why something is no task, and let later ticks pass it over.
+`duplicate` and `quarantined` entries say why something is no task, and let later ticks pass it over. A
+`withdrawn` entry takes an accepted one out of the stream again, by hand; its copy stays.
 
 A task that is added to the YAML after something has arrived would come before all that has arrived, and
 change what every later model was trained after. That is refused.
@@ -26,7 +27,7 @@ from pipelines.sources import display_name
 from pipelines.store import Store
 from seekr.errors import ConfigError, StoreError
 
-Verdict = Literal["accepted", "duplicate", "quarantined"]
+Verdict = Literal["accepted", "duplicate", "quarantined", "withdrawn"]
 # Options that an arrival may bring along; where its rows are is not for it to say.
 NOT_OPTIONS: Final = frozenset({"name", "train", "test"})
 
@@ -47,6 +48,7 @@ class Arrival:
         folder, train, test: where the copy lies in the store, and what in it is read.
         options: of `task.yaml`.
         behind: the YAML's tasks when it was accepted.
+        withdraws: the number of the arrival that a `withdrawn` entry takes out.
     """
 
     number: int = 0
@@ -66,6 +68,7 @@ class Arrival:
     test: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     behind: tuple[str, ...] = ()
+    withdraws: int | None = None
 
     def task(self, store: Store) -> TaskConfig:
         """Return the task that an accepted arrival is, with its rows in the store."""
@@ -101,7 +104,8 @@ class Register:
     @property
     def accepted(self) -> tuple[Arrival, ...]:
         """Those that are tasks, in order."""
-        return tuple(entry for entry in self.entries if entry.verdict == "accepted")
+        gone = {entry.withdraws for entry in self.entries}
+        return tuple(e for e in self.entries if e.verdict == "accepted" and e.number not in gone)
 
     def knows(self, place: str, stamp: str) -> bool:
         """Return whether this version of a file or folder has been entered already."""
@@ -122,6 +126,30 @@ class Register:
         entered = _arrival(self.store, len(self.entries) + 1, values)
         self.entries = (*self.entries, entered)
         return entered
+
+    def withdraw(self, name: str, reason: str, lease: Lease) -> Arrival:
+        """Take a task out of the stream; what arrived behind it moves up. Returns the entry that does it.
+
+        Raises:
+            ConfigError: no task of that name has arrived.
+            LeaseLost: another run has entered something meanwhile.
+        """
+        found = next((entry for entry in self.accepted if entry.name == name), None)
+        if found is None:
+            names = ", ".join(entry.name for entry in self.accepted) or "none"
+            raise ConfigError(
+                f"no task {name!r} has arrived; there are {names}. Tasks of the YAML are changed there"
+            )
+        gone = Arrival(
+            verdict="withdrawn",
+            name=name,
+            place=found.place,
+            stamp=found.stamp,
+            modified_at=found.modified_at,
+            reason=reason,
+            withdraws=found.number,
+        )
+        return self.enter(gone, lease)
 
     def extend(self, config: StreamConfig) -> StreamConfig:
         """Return a stream with what has arrived as further tasks.

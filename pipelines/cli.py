@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(benchmark)
-for command in (operations.tick, operations.promote, operations.rollback, operations.champion):
+for command in operations.COMMANDS:
     app.command()(command)
 
 

@@ -1,8 +1,9 @@
-"""`seekr tick`, `promote`, `rollback` and `champion`: the commands of a stream that never ends."""
+"""`seekr tick`, `withdraw`, `promote`, `rollback`, `champion`: commands of a stream that never ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,6 +56,31 @@ def tick(
     else:
         _show(outcome)
     end_as_decided([outcome.view] if outcome.view is not None else [])
+
+
+def withdraw(
+    stream: StreamPath,
+    task: Annotated[
+        str, typer.Argument(metavar="TASK", help="A task that came through the inbox.")
+    ],
+    reason: Reason,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a task that has arrived out of the stream again, such as one that cannot be learnt.
+
+    What arrived behind it moves up and is learnt anew; `seekr plan` shows what that means. Nothing is
+    deleted. Waits for a tick that is at work.
+
+    Example: seekr withdraw stream.yaml news --reason "the labels were shifted"
+    """
+    from pipelines.tick import withdraw_task
+
+    entry = withdraw_task(stream, set_ or (), task, reason, warn)
+    if as_json:
+        print_json(asdict(entry))
+        return
+    say(f"{task} is withdrawn; what it means for the others: seekr plan {stream}")
 
 
 def promote(
@@ -185,8 +211,6 @@ def _show(outcome: Outcome) -> None:
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from pipelines.tables import summary
 
     decided = None if outcome.view is None else outcome.view.decided
@@ -198,3 +222,6 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
         "decision": None if decided is None else decided.to_json(),
         "results": None if outcome.view is None else summary(outcome.view),
     }
+
+
+COMMANDS = (tick, withdraw, promote, rollback, champion)

@@ -15,7 +15,7 @@ from pipelines.artifact import StageRef
 from pipelines.decisions import Check, Decision, Decisions
 
 _COLOURS = {
-    "accepted": "green", "duplicate": "cyan", "quarantined": "red",
+    "accepted": "green", "duplicate": "cyan", "quarantined": "red", "withdrawn": "magenta",
     "promoted": "green", "held back": "yellow", "rolled back": "magenta",
 }  # fmt: skip
 _MARKS = {True: ("holds", "green"), False: ("fails", "red"), None: ("not applied", "cyan")}

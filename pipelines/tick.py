@@ -25,7 +25,7 @@ from pipelines.receive import Taken, take_in
 from pipelines.results import StreamView
 from pipelines.sources import display_name
 from pipelines.stream import Stream, Watch, open_storage, open_stream, records_of, run_streams
-from seekr.errors import SeekrError
+from seekr.errors import ConfigError, SeekrError
 
 State = Literal["ran", "nothing", "busy"]
 # What shows a run, made when it is known how many stages there are.
@@ -88,7 +88,7 @@ def run_tick(
         return open_stream(path, overrides, writable=True)
 
     try:
-        with Lease(store, f"streams/{config.name}/tick", on_wait=busy) as lease:
+        with Lease(store, lease_folder(config), on_wait=busy) as lease:
             teller.begin()
             try:
                 return _tick(
@@ -104,6 +104,31 @@ def run_tick(
                 teller.tell_news()
     except _Busy as found:
         return Outcome(state="busy", text=str(found))
+
+
+def withdraw_task(
+    path: Path, overrides: Sequence[str], task: str, reason: str, warn: Callable[[str], None]
+) -> Arrival:
+    """Take a task that has arrived out of a stream, when no tick is at work.
+
+    Raises:
+        ConfigError: no such task has arrived, or no reason is given.
+    """
+    if not reason.strip():
+        raise ConfigError("--reason is empty; say why, for those who will ask")
+    config = load_config(path, overrides)
+    store = open_storage(config, writable=True)
+
+    def wait(owner: Owner) -> None:
+        warn(f"waiting for another tick of {config.name} ({owner})")
+
+    with Lease(store, lease_folder(config), on_wait=wait) as lease:
+        return Register(store, config.name).withdraw(task, reason.strip(), lease)
+
+
+def lease_folder(config: StreamConfig) -> str:
+    """Return whose lease a stream's only tick holds, relative to the store's root."""
+    return f"streams/{config.name}/tick"
 
 
 def _tick(

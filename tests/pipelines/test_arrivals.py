@@ -16,6 +16,7 @@ from pipelines import receive
 from pipelines.arrivals import Register
 from pipelines.lease import Lease
 from pipelines.stream import open_stream
+from pipelines.tick import withdraw_task
 from seekr.errors import ConfigError, DataError, LeaseLost, StoreError
 from tests.pipelines.inboxes import Arriving, Inbox, arriving
 from tests.pipelines.s3_server import BUCKET, s3_server
@@ -255,6 +256,28 @@ def test_a_task_added_to_the_yaml_behind_arrivals_is_refused(tmp_path: Path) -> 
         open_stream(longer.path)
     with pytest.raises(ConfigError, match="arrivals keep their place"):
         longer.look()
+
+
+def test_a_task_that_is_withdrawn_is_none_any_more_and_may_be_delivered_again(
+    local: Arriving,
+) -> None:
+    local.inbox.put_task("one", "reverse")
+    local.inbox.put_task("two", "first")
+    local.look()
+    entry = withdraw_task(local.path, (), "one", "the labels were shifted", pytest.fail)
+    assert (entry.number, entry.withdraws, entry.verdict) == (3, 1, "withdrawn")
+    assert tasks(local) == ["upper", "two"]
+    assert local.look().entered == (), "what lies in the inbox is known"
+    local.inbox.put_task("one", "reverse")
+    assert [entry.verdict for entry in local.look().entered] == ["accepted"]
+    assert tasks(local) == ["upper", "two", "one"]
+    for name, reason, fragment in (
+        ("three", "so", "no task 'three' has arrived; there are two, one"),
+        ("upper", "so", "Tasks of the YAML are changed there"),
+        ("two", " ", "--reason is empty"),
+    ):
+        with pytest.raises(ConfigError, match=fragment):
+            withdraw_task(local.path, (), name, reason, pytest.fail)
 
 
 def test_a_copy_that_was_changed_in_the_store_is_noticed(local: Arriving) -> None:

@@ -25,7 +25,7 @@ EXAMPLES = sorted(
 )
 COMMANDS = [
     *("run", "plan", "status", "explain", "report", "lineage", "export", "doctor", "schema"),
-    *("tick", "promote", "rollback", "champion"),
+    *("tick", "withdraw", "promote", "rollback", "champion"),
 ]
 WITH_JSON = ["plan", "status", "explain"]
 Call = Callable[..., tuple[int, str, str]]
