@@ -18,7 +18,13 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from pipelines import config, data_config, token_weights_config, train_config
+from pipelines import (
+    config,
+    continual_config,
+    data_config,
+    token_weights_config,
+    train_config,
+)
 from seekr.methods import METHODS
 
 TARGET = Path(__file__).with_name("configuration.md")
@@ -45,6 +51,9 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("general", config.GeneralConfig),
     ("tracking", config.TrackingConfig),
     ("ray", config.RayConfig),
+    ("inbox", continual_config.InboxConfig),
+    ("gate", continual_config.GateConfig),
+    ("alerts", continual_config.AlertsConfig),
 )
 # The stream's name stands in no stage's payload: it names reports, MLflow runs and models.
 LABELS = frozenset({("StreamConfig", "name")})

@@ -106,7 +106,12 @@ class StageRecord:
     @property
     def key(self) -> str:
         """The artifact's folder, relative to the store's root."""
-        return f"{self.stage}/{self.task}/{self.fingerprint}"
+        return self.ref.key
+
+    @property
+    def ref(self) -> StageRef:
+        """Its name."""
+        return StageRef(stage=self.stage, task=self.task, fingerprint=self.fingerprint)
 
     def save(self, store: Store) -> None:
         """Writes the record: from now on the artifact exists."""

@@ -1,24 +1,24 @@
 """`seekr`: the command line. Thin: every command opens a stream and prints what a module returns.
 
 Heavy imports happen inside commands, so `--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong
-usage, configuration or data. Other packages add commands through the entry-point group
-`seekr.commands`, each a typer app.
+usage, configuration or data, 3 a gate held the newest model back. Other packages add commands through
+the entry-point group `seekr.commands`, each a typer app.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from pipelines import cli_operations as operations
 from pipelines.cli_benchmark import benchmark
+from pipelines.cli_common import AsJson, Overrides, StreamPath, err, out, print_json, say, warn
 from pipelines.cli_forget import forget, rows
 from seekr.errors import ConfigError, SeekrError
 
@@ -34,20 +34,8 @@ app = typer.Typer(
 app.command()(benchmark)
 app.command()(rows)
 app.command()(forget)
-out = Console()
-err = Console(stderr=True)
-
-StreamPath = Annotated[Path, typer.Argument(metavar="STREAM", help="The stream's YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="FIELD=VALUE",
-        help="Change a field, such as train.epochs=2 or tasks.0.train_rows=100. Paths are relative "
-        "to where you are. May be repeated.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+for command in operations.COMMANDS:
+    app.command()(command)
 
 
 @app.command()
@@ -81,24 +69,27 @@ def run(
     from pipelines.tables import comparison_table, knowledge_table, matrix_table, summary
     from pipelines.watching import Watcher
 
-    with Interrupts(grace, tell=_warn) as interrupts:
+    with Interrupts(grace, tell=warn) as interrupts:
         opened = [streams.open_stream(path, set_ or (), writable=True) for path in stream]
         for text in dict.fromkeys(text for item in opened for text in item.facts.warnings):
-            _warn(text)
+            warn(text)
         if report is not None:
             check_target(report, "--report")
         distinct = {stage.fingerprint for item in opened for stage in item.stages}
         with Watcher(console=err if as_json else out, num_stages=len(distinct)) as watcher:
-            views = streams.run_streams(opened, watcher, warn=_warn, interrupts=interrupts)
+            views = streams.run_streams(opened, watcher, warn=warn, interrupts=interrupts)
     where = opened[0].store.uri_for(opened[0].report_path)
     if report is not None:
         where = str(write_report(views, report))
     if as_json:
         found = [
-            summary(view) | {"stages": list(map(asdict, streams.status_of(item)))}
+            summary(view)
+            | {"stages": list(map(asdict, streams.status_of(item)))}
+            | ({"decision": view.decided.to_json()} if view.decided is not None else {})
             for view, item in zip(views, opened, strict=True)
         ]
-        _print_json(found[0] if len(found) == 1 else {"streams": found})
+        print_json(found[0] if len(found) == 1 else {"streams": found})
+        operations.end_as_decided(views)
         return
     tested = [view for view in views if view.measured()]
     for view in tested:
@@ -107,7 +98,9 @@ def run(
         out.print(comparison_table(tested))
     if (facts := knowledge_table(views)) is not None:
         out.print(facts)
-    _say(f"report: {where}")
+    operations.show_decisions(views)
+    say(f"report: {where}")
+    operations.end_as_decided(views)
 
 
 @app.command()
@@ -126,10 +119,10 @@ def plan(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) ->
 
     opened = streams.open_stream(stream, set_ or ())
     for text in opened.facts.warnings:
-        _warn(text)
+        warn(text)
     statuses, memory = streams.status_of(opened), plan_memory(opened)
     if as_json:
-        _print_json({"stages": list(map(asdict, statuses)), "memory": memory.to_json()})
+        print_json({"stages": list(map(asdict, statuses)), "memory": memory.to_json()})
         return
     out.print(plan_table(statuses))
     out.print(memory_table(memory))
@@ -137,19 +130,26 @@ def plan(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) ->
 
 @app.command()
 def status(stream: StreamPath, set_: Overrides = None, as_json: AsJson = False) -> None:
-    """Show where every stage stands: ran, reused, running, failed, interrupted or missing.
+    """Show where every stage stands, what has arrived, and who is the champion.
 
-    `ran` was computed by the last run, `reused` was in the store before it.
+    A stage is `ran` (computed by the last run), `reused` (in the store before it), running, failed,
+    interrupted or missing.
 
     Example: seekr status stream.yaml
     """
     from pipelines import stream as streams
+    from pipelines.promotion_tables import operations_json
     from pipelines.tables import status_table
 
     opened = streams.open_stream(stream, set_ or ())
     statuses = streams.status_of(opened)
-    found = {"stream": opened.config.name, "stages": list(map(asdict, statuses))}
-    _print_json(found) if as_json else out.print(status_table(statuses))
+    if as_json:
+        view = streams.view_of(opened)
+        found = {"stream": opened.config.name, "stages": list(map(asdict, statuses))}
+        print_json(found | operations_json(view.arrivals, view.decisions))
+        return
+    out.print(status_table(statuses))
+    operations.show_operations(opened)
 
 
 @app.command()
@@ -177,7 +177,7 @@ def explain(
         )
     found = explain_stages(opened.store, chosen)
     texts = {str(item.stage): str(item) for item in found}
-    _print_json({"stages": texts}) if as_json else _say("\n".join(texts.values()))
+    print_json({"stages": texts}) if as_json else say("\n".join(texts.values()))
 
 
 @app.command()
@@ -201,7 +201,7 @@ def report(
     opened = [streams.open_stream(stream, set_ or ()), *map(streams.open_stream, compare or ())]
     views = [streams.finished_view(item) for item in opened]
     check_target(to, "--out")
-    _say(f"report: {write_report(views, to)}")
+    say(f"report: {write_report(views, to)}")
 
 
 @app.command()
@@ -209,7 +209,9 @@ def lineage(
     stream: StreamPath,
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A task's name, a fingerprint, or STREAM@VERSION."),
+        typer.Argument(
+            metavar="MODEL", help="A task's name, a fingerprint, STREAM@VERSION, or champion."
+        ),
     ] = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Write MLflow's view anew from the records.")
@@ -224,6 +226,8 @@ def lineage(
     from pipelines import lineage as lineages
     from pipelines import stream as streams
     from pipelines import tracking
+    from pipelines.promotion import model_lineage
+    from pipelines.promotion_tables import told_of
     from pipelines.provenance import redact
 
     opened = streams.open_stream(stream, set_ or ())
@@ -232,20 +236,27 @@ def lineage(
         uri = tracking.tracking_uri(opened.config.tracking.uri, opened.store)
         if uri is None:
             raise ConfigError("tracking is off: there is nothing to rebuild; set tracking.uri")
-        tracking.rebuild(uri, view, opened.store, warn=_warn)
+        tracking.rebuild(uri, view, opened.store, warn=warn)
         if model is None:
-            _print_json({"rebuilt": redact(uri)}) if as_json else _say(f"{redact(uri)} is rebuilt")
+            print_json({"rebuilt": redact(uri)}) if as_json else say(f"{redact(uri)} is rebuilt")
             return
-    records = [result.record for result in view.stages]
-    found = lineages.walk(records, model or opened.last_model, stream=opened.config.name)
-    _print_json(found.to_json()) if as_json else out.print(lineages.render_tree(found))
+    found = model_lineage(opened, model)
+    tasks = [ref.task for ref in (origin.ref for origin in found.origins.values())]
+    told = list(told_of(found.root, tasks, view.arrivals, view.decisions))
+    if as_json:
+        print_json(found.to_json() | {"told": told})
+        return
+    out.print(lineages.render_tree(found))
+    for line in told:
+        say(line)
 
 
 @app.command()
 def export(
     stream: StreamPath,
     task: Annotated[
-        str | None, typer.Argument(metavar="TASK", help="The model after it; default the last.")
+        str | None,
+        typer.Argument(metavar="TASK", help="The model after it, or champion; default the last."),
     ] = None,
     to: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="New or empty.")] = Path(
         "model"
@@ -260,7 +271,7 @@ def export(
     from pipelines.export import export_model
 
     opened = streams.open_stream(stream, set_ or ())
-    _say(f"model: {export_model(opened, task, to)}")
+    say(f"model: {export_model(opened, task, to)}")
 
 
 @app.command()
@@ -280,7 +291,7 @@ def doctor(
 
     checks = examine(stream, set_ or ())
     found = {"checks": list(map(asdict, checks))}
-    _print_json(found) if as_json else out.print(doctor_table(checks))
+    print_json(found) if as_json else out.print(doctor_table(checks))
     if not all(check.ok for check in checks):
         raise typer.Exit(1)
 
@@ -293,7 +304,7 @@ def schema() -> None:
     """
     from pipelines.config import StreamConfig
 
-    _print_json(StreamConfig.model_json_schema())
+    print_json(StreamConfig.model_json_schema())
 
 
 def main() -> None:
@@ -315,18 +326,6 @@ def main() -> None:
         if ended.code == 130:  # what typer makes of Ctrl-C
             err.print("stopped; run the same command again to go on from here")
         raise
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, sort_keys=False))
-
-
-def _say(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _warn(text: str) -> None:
-    err.print(f"warning: {text}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

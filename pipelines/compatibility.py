@@ -24,6 +24,7 @@ def check_together(config: StreamConfig) -> None:
     """
     _check_training(config)
     _check_replay(config)
+    _check_gate(config)
 
 
 def _check_training(config: StreamConfig) -> None:
@@ -86,4 +87,37 @@ def _check_replay(config: StreamConfig) -> None:
         raise ValueError(
             f"replay.sampling is {replay.sampling} and replay.generator is set, so no row is kept that "
             "could be chosen; leave replay.sampling out"
+        )
+
+
+def _check_gate(config: StreamConfig) -> None:
+    """Every bound needs a figure that the stream's stages yield."""
+    gate = config.gate
+    if gate is None:
+        return
+    untested = next((task.name for task in config.tasks if not config.is_tested(task)), None)
+    if untested is not None:
+        raise ValueError(
+            f"gate is set and task {untested} has no test, so there is nothing to judge a model by; "
+            "give every task a test, or leave gate out and promote by hand"
+        )
+    if gate.min_new_gain is not None and not config.evaluate.forward_transfer:
+        raise ValueError(
+            "gate.min_new_gain is set, which compares with the model before a task, and "
+            "evaluate.forward_transfer is false, so that one is not scored; set it to true"
+        )
+    if gate.max_general_loss is not None and not config.general.asked:
+        raise ValueError(
+            "gate.max_general_loss is set and general.tasks is empty, so nothing is measured; name the "
+            "tasks, or set the bound to null"
+        )
+    if config.method.needs.all_tasks and gate.looks_back and gate.against == "best":
+        raise ValueError(
+            f"gate.against is best and method {config.method.name} learns all tasks at once, so there "
+            "is no model in between to compare with; choose against: champion"
+        )
+    if config.method.needs.all_tasks and gate.min_new_gain is not None:
+        raise ValueError(
+            f"gate.min_new_gain is set and method {config.method.name} learns all tasks at once, so no "
+            "model is scored before a task; set it to null"
         )

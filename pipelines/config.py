@@ -7,6 +7,7 @@ in a fingerprint), see `section`. Unknown fields are refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,9 +21,17 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pipelines.compatibility import check_together
-from pipelines.data_config import DataConfig, Name, ProbeConfig, TaskConfig, TaskOptions
+from pipelines.continual_config import AlertsConfig, GateConfig, InboxConfig
+from pipelines.data_config import (
+    DataConfig,
+    Name,
+    ProbeConfig,
+    TaskConfig,
+    TaskOptions,
+    check_names,
+)
 from pipelines.document_rules import check_documents
-from pipelines.labels import ALL_TASKS, BASE, REVIEW
+from pipelines.labels import REVIEW
 from pipelines.pool_config import EvaluateConfig, GeneralConfig, PoolConfig, TeachConfig
 from pipelines.section import Section, execution
 from pipelines.token_weights_config import TokenWeightsConfig
@@ -157,7 +166,9 @@ class StreamConfig(Section):
     """Folder that the tasks' files are relative to; the YAML's own folder unless given."""
     data: DataConfig = DataConfig()
     """Defaults for every task."""
-    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    tasks_from: str | None = execution(None, min_length=1)
+    """Inbox (folder, glob or URI) whose files and folders become tasks behind these, as they arrive."""
+    tasks: tuple[TaskConfig, ...] = Field(default=(), validate_default=True)
     """In learning order; append new ones at the end."""
     probes: tuple[ProbeConfig, ...] = ()
     """Sentences that are scored before and after every epoch of every training."""
@@ -183,21 +194,21 @@ class StreamConfig(Section):
     """Where MLflow is."""
     ray: RayConfig = RayConfig()
     """The cluster."""
+    inbox: InboxConfig = InboxConfig()
+    """When something in the inbox is taken."""
+    gate: GateConfig | None = execution(None)
+    """What the newest model has to show to become the champion; null promotes by hand alone."""
+    alerts: AlertsConfig | None = execution(None)
+    """Whom ticks tell what happened; null tells nobody."""
 
     @field_validator("tasks")
     @classmethod
-    def _distinct_names(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
-        seen: set[str] = set()
-        for task in tasks:
-            if task.name.lower() in seen:
-                raise ValueError(f"the task name {task.name!r} occurs twice; give each its own")
-            if task.name.lower() in {ALL_TASKS, BASE, REVIEW}:
-                raise ValueError(f"the task name {task.name!r} is reserved; choose another")
-            if "--" in task.name:
-                raise ValueError(
-                    f"the task name {task.name!r} has '--', which joins names of stages; use '-'"
-                )
-            seen.add(task.name.lower())
+    def _distinct_names(
+        cls, tasks: tuple[TaskConfig, ...], info: ValidationInfo
+    ) -> tuple[TaskConfig, ...]:
+        if not tasks and info.data.get("tasks_from") is None:
+            raise ValueError("at least 1 is needed, or tasks_from with an inbox they arrive in")
+        check_names(tasks)
         return tasks
 
     @field_validator("teach")
@@ -234,6 +245,22 @@ class StreamConfig(Section):
         check_together(self)
         check_documents(self)
         return self
+
+    def with_tasks(self, arrived: Sequence[TaskConfig]) -> StreamConfig:
+        """Return the stream with more tasks at its end.
+
+        Raises:
+            ValueError: one of them does not go with the others, or with the stream.
+        """
+        longer = self.model_copy(update={"tasks": (*self.tasks, *arrived)})
+        check_names(longer.tasks)
+        check_together(longer)
+        check_documents(longer)
+        return longer
+
+    def is_tested(self, task: TaskConfig) -> bool:
+        """Return whether a task has rows to be tested on: of its own, or held out of the others."""
+        return task.test is not None or self.evaluate.split == "validation"
 
     @property
     def own_answers(self) -> str | None:

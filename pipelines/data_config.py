@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipelines.labels import ALL_TASKS, BASE, CHAMPION, REVIEW
 from pipelines.section import Section, execution
 
 Metric = Literal["exact_match", "accuracy", "rouge_l", "edit_similarity", "bleu", "sari"]
@@ -106,3 +108,22 @@ class ProbeConfig(Section):
     """Keep this many, drawn by hash; null keeps all."""
     role: Literal["to_learn", "not_to_forget", "watched"] = execution("watched")
     """What the report makes of it: Top Acc and its epoch, NF Acc at that epoch, or a curve alone."""
+
+
+def check_names(tasks: Sequence[TaskConfig]) -> None:
+    """Check that tasks can be told apart, from one another and from what stages call their own.
+
+    Raises:
+        ValueError: naming the first that cannot.
+    """
+    seen: set[str] = set()
+    for task in tasks:
+        if task.name.lower() in seen:
+            raise ValueError(f"the task name {task.name!r} occurs twice; give each its own")
+        if task.name.lower() in {ALL_TASKS, BASE, REVIEW, CHAMPION}:
+            raise ValueError(f"the task name {task.name!r} is reserved; choose another")
+        if "--" in task.name:
+            raise ValueError(
+                f"the task name {task.name!r} has '--', which joins names of stages; use '-'"
+            )
+        seen.add(task.name.lower())

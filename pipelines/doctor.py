@@ -72,8 +72,11 @@ def _disk(folder: Path) -> Check:
 
 
 def _stream_checks(path: Path, overrides: Sequence[str]) -> list[Check]:
+    from pipelines.alerts import webhook
+    from pipelines.inbox import look as look_into
     from pipelines.load import load_config
     from pipelines.provenance import redact
+    from pipelines.sources import display_name
     from pipelines.stream import open_storage
     from pipelines.survey import survey
     from pipelines.tracking import tracking_uri
@@ -107,11 +110,23 @@ def _stream_checks(path: Path, overrides: Sequence[str]) -> list[Check]:
                 "the address, or set it to off"
             ) from error
 
-    return [
+    def inbox() -> str:
+        found = look_into(str(config.tasks_from), config.inbox.settle_seconds)
+        whole = sum(not delivery.waits_for for delivery in found)
+        return (
+            f"{display_name(str(config.tasks_from))} can be read, {whole} of {len(found)} are whole"
+        )
+
+    def alerts() -> str:
+        return f"{webhook(config.alerts).shown} is named" if config.alerts is not None else "off"
+
+    checks = [
         _try("model and data", look),
         _try("storage", storage),
         _try("tracking", tracking),
     ]
+    checks += [_try("inbox", inbox)] if config.tasks_from is not None else []
+    return checks + ([_try("alerts", alerts)] if config.alerts is not None else [])
 
 
 def _try(name: str, check: Callable[[], str]) -> Check:

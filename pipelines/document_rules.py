@@ -34,12 +34,13 @@ def check_documents(config: StreamConfig) -> None:
 
 
 def _check_tests(config: StreamConfig, documents: list[str]) -> None:
-    """Only documents may come without a test, and then no task has one."""
-    untested = [task.name for task in config.tasks if task.test is None]
+    """Only documents may come without rows to be tested on, and then no task has any."""
+    untested = [task.name for task in config.tasks if not config.is_tested(task)]
     missing = sorted(set(untested) - set(documents))
     if missing:
         raise ValueError(
-            f"task {missing[0]} has no test; one is needed for rows that are asked: set tasks.N.test"
+            f"task {missing[0]} has no test; one is needed for rows that are asked: give it one, or let "
+            "evaluate.split be validation, which tests on rows held out of the training rows"
         )
     if untested and len(untested) < len(config.tasks):
         raise ValueError(

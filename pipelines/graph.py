@@ -77,7 +77,7 @@ class _Builder:
         known = [other.name for other in self._config.tasks[: index + 1]]
         self._ingest(task)
         self._weigh(task)
-        if self._config.evaluate.forward_transfer and index > 0 and task.test is not None:
+        if self._config.evaluate.forward_transfer and index > 0 and self._config.is_tested(task):
             self._evaluate_before(task, known[-2])
         late = self._config.replay.sampling == "surprise_after"
         if needs.replay and self._config.replay.generator is not None:
@@ -312,7 +312,7 @@ class _Builder:
         self._latest["teach", task.name] = self._add("teach", label, settings, inputs)
 
     def _evaluate(self, learnt: str, tasks: list[str]) -> None:
-        if self._config.tasks[0].test is None:  # then no task has one
+        if not self._config.is_tested(self._config.tasks[0]):  # then no task is
             return
         inputs = {f"data.{name}": self._latest["ingest", name] for name in tasks}
         inputs[f"model.{learnt}"] = self._latest["train", learnt]

@@ -5,6 +5,8 @@ from __future__ import annotations
 # A model that was trained on all tasks at once, and one that was trained on none.
 ALL_TASKS = "all"
 BASE = "base"
+# What users serve; no task may have its name.
+CHAMPION = "champion"
 # Rows that are replayed in every training and learnt by none.
 REVIEW = "review"
 _AFTER, _BY, _BEFORE, _BORROWED = "--after--", "--by--", "--before", "--borrowed"

@@ -131,13 +131,31 @@ def walk(
     root = _resolve(records, model, stream, versions)
     by_key = {record.key: record for record in records}
     origins: dict[str, Origin] = {}
-    pending = [_ref(root)]
+    pending = [root.ref]
     while pending:
         ref = pending.pop()
         if ref.key not in origins:
             origins[ref.key] = _origin(ref, by_key.get(ref.key))
             pending.extend(list(origins[ref.key].inputs.values())[::-1])
-    return Lineage(root=_ref(root), origins=origins)
+    return Lineage(root=root.ref, origins=origins)
+
+
+def gather(store: Store, model: StageRef) -> list[StageRecord]:
+    """Return a model's record and those of all it was made from, wherever in the store they are.
+
+    For models that a stream's present settings do not lead to. Records that are gone are left out.
+
+    Raises:
+        StoreError: the model's own record is gone, or one cannot be read.
+    """
+    found: dict[str, StageRecord] = {model.key: StageRecord.load(store, model.key)}
+    pending = list(found[model.key].inputs.values())
+    while pending:
+        ref = pending.pop()
+        if ref.key not in found and store.stat(f"{ref.key}/{RECORD}") is not None:
+            found[ref.key] = StageRecord.load(store, ref.key)
+            pending += found[ref.key].inputs.values()
+    return list(found.values())
 
 
 def render_tree(lineage: Lineage) -> Tree:
@@ -236,10 +254,6 @@ def _origin(ref: StageRef, record: StageRecord | None) -> Origin:
         finished_at=record.finished_at,
         forgotten=record.forgotten,
     )
-
-
-def _ref(record: StageRecord) -> StageRef:
-    return StageRef(stage=record.stage, task=record.task, fingerprint=record.fingerprint)
 
 
 def _resolve(

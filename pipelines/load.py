@@ -23,7 +23,7 @@ from seekr.methods import METHODS
 
 PATH_FIELDS = (
     *("model.path", "data_root", "general.folder"),
-    *("token_weights.network", "token_weights.model"),
+    *("token_weights.network", "token_weights.model", "alerts.url_file"),
 )
 # What pydantic words for programmers.
 _MESSAGES = {
@@ -38,7 +38,7 @@ _MESSAGES = {
     "float_parsing": "must be a number",
 }
 _SOURCE_FIELD = re.compile(
-    r"tasks\.\d+\.(train|test)|probes\.\d+\.data|replay\.review|"
+    r"tasks_from|tasks\.\d+\.(train|test)|probes\.\d+\.data|replay\.review|"
     r"token_weights\.meta\.(pairs|exclude\.\d+)"
 )
 
@@ -102,6 +102,7 @@ def _placed(config: StreamConfig, root: Path) -> StreamConfig:
 
     changes: dict[str, Any] = {
         "data_root": root,
+        "tasks_from": config.tasks_from and _under(root, config.tasks_from),
         "replay": placed(config.replay, "review"),
         "tasks": tuple(placed(task, "train", "test") for task in config.tasks),
         "probes": tuple(placed(item, "data") for item in config.probes),
@@ -275,8 +276,8 @@ def _explain(item: Any, values: dict[str, Any]) -> str:
     message = message.replace("Input should be", "must be")
     if kind == "string_type" and isinstance(found, bool | int | float):
         message += ", and YAML reads this as something else: put it in quotes"
-    if kind == "value_error" and isinstance(found, list):
-        return f"  {field}: {message}"  # the message names the items
+    if kind == "value_error" and (isinstance(found, list) or where[:1] == ["alerts"]):
+        return f"  {field}: {message}"  # the message names the items; and there may be a secret
     return f"  {field}: {message}; found {_short(found)}"
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from pipelines import mlflow_values as values
-from pipelines.artifact import Artifact
+from pipelines.artifact import Artifact, StageRecord
+from pipelines.labels import CHAMPION
 from pipelines.lineage import learnt_and_forgotten, said_by_day
 from pipelines.mlflow_values import Point, cut, digest, key
 from pipelines.results import StreamView
@@ -59,14 +60,7 @@ class MlflowWriter:
 
     def log_stage(self, artifact: Artifact) -> None:
         """Make the stage's run if there is none, complete it if it is partial, link it here."""
-        record = artifact.record
-        run = self._find("stage", digest(self._store, record.key))
-        if run is None:
-            run = self._create_stage_run(artifact)
-            self._fill(run.info.run_id, artifact, logged={})
-        elif run.info.status != "FINISHED":
-            self._fill(run.info.run_id, artifact, logged=self._last_steps(run))
-        run_id = run.info.run_id
+        record, run_id = artifact.record, self._run_of(artifact)
         self._client.set_tag(run_id, key(f"seekr.in_stream.{self._stream}"), self._parent)
         link = key(f"seekr.stage.{record.stage}.{record.task}")
         self._client.set_tag(self._parent, link, run_id)
@@ -75,6 +69,16 @@ class MlflowWriter:
         if any(output.path.startswith(f"{MODEL}/") for output in record.outputs):
             self._register(artifact, run_id)
             self.mark(artifact)
+
+    def _run_of(self, artifact: Artifact) -> str:
+        """Return the id of a stage's run, which is made or completed if need be."""
+        run = self._find("stage", digest(self._store, artifact.record.key))
+        if run is None:
+            run = self._create_stage_run(artifact)
+            self._fill(run.info.run_id, artifact, logged={})
+        elif run.info.status != "FINISHED":
+            self._fill(run.info.run_id, artifact, logged=self._last_steps(run))
+        return run.info.run_id
 
     def log_steps(self, stage: Stage, steps: Sequence[Mapping[str, Any]]) -> None:
         """Put steps of a training that still runs on its stage's run, each once over all attempts.
@@ -108,6 +112,7 @@ class MlflowWriter:
         if report is not None:
             self._client.log_artifact(self._parent, str(report))
         self._name_newest(view)
+        self._name_champion(view)
 
     def end(self, status: str) -> None:
         """Close the parent run as FINISHED or FAILED; a later run of the stream opens it again."""
@@ -251,6 +256,28 @@ class MlflowWriter:
         version = self._version(digest(self._store, trained[-1].record.key))
         if version is not None:
             self._client.set_registered_model_alias(self._stream, NEWEST, str(version.version))
+
+    def _name_champion(self, view: StreamView) -> None:
+        """Point the alias `champion` where the decisions say, and note at each model what they were."""
+        champion, known = view.decisions.champion, {result.record.ref for result in view.stages}
+        if champion is not None and champion not in known:
+            # Of other settings than the stream has now, so that nothing else logs it.
+            store = view.stages[0].artifact.store
+            artifact = Artifact(store=store, record=StageRecord.load(store, champion.key))
+            self._register(artifact, self._run_of(artifact))
+        for decision in view.decisions.entries if self._registers else ():
+            version = self._version(digest(self._store, decision.model.key))
+            if version is None:
+                continue
+            number = str(version.version)
+            self._client.set_model_version_tag(
+                self._stream,
+                number,
+                "seekr.decision",
+                cut(f"{decision.verdict}: {decision.reason}"),
+            )
+            if decision.model == champion:
+                self._client.set_registered_model_alias(self._stream, CHAMPION, number)
 
 
 def registered_versions(tracking_uri: str, stream: str) -> dict[int, str]:

@@ -26,6 +26,7 @@ from pipelines.report_knowledge import (
     knowledge_section,
     weighed_documents,
 )
+from pipelines.report_promotion import arrivals_section, promotion_section
 from pipelines.report_stages import (
     head_maps,
     loss_charts,
@@ -133,6 +134,8 @@ def _sections(view: StreamView, matrix: AccuracyMatrix) -> dict[str, Any]:
         "knowledge": knowledge_section(view),
         "weighed": weighed_documents(view),
         "general": general_ability(view),
+        "promotion": promotion_section(view),
+        "arrivals": arrivals_section(view),
         "benchmark": view.config.get("benchmark"),
         "held_out": view.config.get("evaluate", {}).get("split") == "validation",
         "forgotten": erased_rows(view),
@@ -145,7 +148,9 @@ def _sections(view: StreamView, matrix: AccuracyMatrix) -> dict[str, Any]:
 
 def _state(view: StreamView, matrix: AccuracyMatrix) -> str:
     last = view.learnt(matrix)
-    if last is None and all(task.get("test") is None for task in view.config.get("tasks", ())):
+    split = view.config.get("evaluate", {}).get("split")
+    untested = all(task.get("test") is None for task in view.config.get("tasks", ()))
+    if last is None and untested and split != "validation":
         return "No task has a test set: what is known of facts is below."
     if last is None:
         return "No task has been evaluated yet."

@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow.parquet as pq
 
 from pipelines.artifact import Artifact, StageRecord
+from pipelines.decisions import Decision, Decisions
 from pipelines.labels import ALL_TASKS, BASE, about, borrowed, is_before, learnt
 from seekr.metrics import AccuracyMatrix
 
 if TYPE_CHECKING:
+    from pipelines.arrivals import Arrival
     from pipelines.config import StreamConfig
 
 PREDICTIONS = "predictions.parquet"
 GENERAL = "general.json"
 EXAMPLES = "examples.json"
 State = Literal["ran", "reused"]
+_UNDECIDED = Decisions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +101,11 @@ class ReplaySize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamView:
-    """A stream's stages in graph order and its tasks; `config` is the YAML as a mapping."""
+    """A stream's stages in graph order and its tasks; `config` is the YAML as a mapping.
+
+    `arrivals` are what came through its inbox, `decisions` those about its champion, and `decided` is what
+    the gate said when the stages were run just now.
+    """
 
     name: str
     method: str
@@ -106,9 +113,18 @@ class StreamView:
     tasks: tuple[str, ...]
     config: Mapping[str, Any]
     stages: tuple[StageResult, ...]
+    arrivals: tuple[Arrival, ...] = ()
+    decisions: Decisions = _UNDECIDED
+    decided: Decision | None = None
 
     @classmethod
-    def of_config(cls, config: StreamConfig, stages: Sequence[StageResult]) -> StreamView:
+    def of_config(
+        cls,
+        config: StreamConfig,
+        stages: Sequence[StageResult],
+        arrivals: Sequence[Arrival] = (),
+        decisions: Decisions = _UNDECIDED,
+    ) -> StreamView:
         """The view of a stream that is described by its configuration."""
         return cls(
             name=config.name,
@@ -117,6 +133,8 @@ class StreamView:
             tasks=tuple(task.name for task in config.tasks),
             config=config.model_dump(mode="json"),
             stages=tuple(stages),
+            arrivals=tuple(arrivals),
+            decisions=decisions,
         )
 
     def of(self, stage: str) -> Iterator[StageResult]:

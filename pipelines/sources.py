@@ -76,28 +76,28 @@ def list_files(source: str | Path) -> tuple[SourceFile, ...]:
         DataError: nothing is there, it cannot be read, or a file has a layout that is not known.
     """
     root = str(source)
-    filesystem, path = _open_filesystem(root)
+    filesystem, path = open_filesystem(root)
     try:
         info = filesystem.get_file_info(path)
         is_there = info.type != pafs.FileType.NotFound
-        infos = [info] if is_there else _match_glob(filesystem, path)
+        infos = [info] if is_there else match_glob(filesystem, path)
         if not infos:
             raise DataError(
-                f"{_shown(root, path)} does not exist. A source is a file, a folder, a glob or a "
+                f"{shown_path(root, path)} does not exist. A source is a file, a folder, a glob or a "
                 "URI; correct the path, or mount the storage that holds it"
             )
         files = [file for found in infos for file in _expand(filesystem, root, found)]
     except OSError as error:
-        raise DataError(f"{_shown(root, path)} cannot be read: {error}") from error
+        raise DataError(f"{shown_path(root, path)} cannot be read: {error}") from error
     if not files:
-        raise DataError(f"{_shown(root, path)} holds no data files. {_allowed()}")
+        raise DataError(f"{shown_path(root, path)} holds no data files. {_allowed()}")
     return tuple(files)
 
 
 def display_name(source: str | Path) -> str:
     """A source as people may see it: an absolute path, or a URI without credentials and options."""
     root = str(source)
-    return _shown(root, root) if _URI.match(root) else _absolute(root)
+    return shown_path(root, root) if _URI.match(root) else _absolute(root)
 
 
 def detect_layout(source: str | Path) -> Layout:
@@ -117,13 +117,13 @@ def detect_layout(source: str | Path) -> Layout:
 
 def open_file(file: SourceFile) -> pa.NativeFile:
     """The file opened for random access; close it after use."""
-    filesystem, _ = _open_filesystem(file.root)
+    filesystem, _ = open_filesystem(file.root)
     return filesystem.open_input_file(file.path)
 
 
 def open_stream(file: SourceFile) -> pa.NativeFile:
     """The file opened for reading once, ahead of its reader; close it after use."""
-    filesystem, _ = _open_filesystem(file.root)
+    filesystem, _ = open_filesystem(file.root)
     return filesystem.open_input_stream(file.path, compression=None, buffer_size=CHUNK_BYTES)
 
 
@@ -148,12 +148,12 @@ def split_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(pending)
 
 
-def _open_filesystem(root: str) -> tuple[Any, str]:
+def open_filesystem(root: str) -> tuple[Any, str]:
     """The file system of a source and the source's path in it, glob characters included."""
     if not _URI.match(root):
         return pafs.LocalFileSystem(), _absolute(root)
     address, mark, options = root.partition("?")
-    literal, glob = _split_glob(address)
+    literal, glob = split_glob(address)
     uri, shown = f"{literal}{mark}{options}", display_name(root)
     try:
         filesystem, path = pafs.FileSystem.from_uri(uri)
@@ -170,16 +170,16 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _split_glob(path: str) -> tuple[str, str]:
+def split_glob(path: str) -> tuple[str, str]:
     """`a/b*/c` -> (`a`, `b*/c`): the folder to list, and the pattern inside it ("" for no glob)."""
     parts = path.split("/")
     first = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
     return "/".join(parts[:first]), "/".join(parts[first:])
 
 
-def _match_glob(filesystem: Any, path: str) -> list[Any]:
+def match_glob(filesystem: Any, path: str) -> list[Any]:
     """What a glob matches, in the order of the paths. `**` stands for any number of folders."""
-    folder, pattern = _split_glob(path)
+    folder, pattern = split_glob(path)
     if not pattern:
         return []
     deep = "/" in pattern or "**" in pattern
@@ -188,7 +188,7 @@ def _match_glob(filesystem: Any, path: str) -> list[Any]:
     matches = [
         info
         for info in filesystem.get_file_info(selector)
-        if not _is_hidden(info.path[skip:])
+        if not is_hidden(info.path[skip:])
         and _matches(info.path[skip:].split("/"), pattern.split("/"))
     ]
     return sorted(matches, key=lambda info: info.path)
@@ -202,7 +202,7 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
     return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def _is_hidden(path: str) -> bool:
+def is_hidden(path: str) -> bool:
     return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
@@ -216,8 +216,8 @@ def _expand(filesystem: Any, root: str, info: Any) -> Iterator[SourceFile]:
     if "dataset_dict.json" in entries:
         splits = _read_json(filesystem, root, entries["dataset_dict.json"].path)["splits"]
         raise DataError(
-            f"{_shown(root, info.path)} holds the splits {', '.join(splits)}. A source is one of "
-            f"them: write {_shown(root, info.path)}/{splits[0]}"
+            f"{shown_path(root, info.path)} holds the splits {', '.join(splits)}. A source is one of "
+            f"them: write {shown_path(root, info.path)}/{splits[0]}"
         )
     if {"state.json", "dataset_info.json"} <= entries.keys():
         state = _read_json(filesystem, root, entries["state.json"].path)
@@ -225,19 +225,19 @@ def _expand(filesystem: Any, root: str, info: Any) -> Iterator[SourceFile]:
             found = entries.get(shard["filename"])
             if found is None:
                 raise DataError(
-                    f"{_shown(root, info.path)}: the shard {shard['filename']} named by state.json "
+                    f"{shown_path(root, info.path)}: the shard {shard['filename']} named by state.json "
                     "is missing; write the dataset again with save_to_disk"
                 )
             yield _source_file(root, found, Layout.ARROW)
         return
     for name, entry in entries.items():
-        if not _is_hidden(name):
+        if not is_hidden(name):
             yield from _expand(filesystem, root, entry)
 
 
 def _source_file(root: str, info: Any, layout: Layout) -> SourceFile:
     return SourceFile(
-        name=_shown(root, info.path),
+        name=shown_path(root, info.path),
         root=root,
         path=info.path,
         layout=layout,
@@ -250,7 +250,7 @@ def _layout_of_file(filesystem: Any, root: str, info: Any) -> Layout:
     suffix = Path(info.path).suffix.lower()
     if suffix not in _LAYOUT_OF_SUFFIX:
         raise DataError(
-            f"{_shown(root, info.path)} has the extension {suffix or 'none'!r}. {_allowed()}. In a "
+            f"{shown_path(root, info.path)} has the extension {suffix or 'none'!r}. {_allowed()}. In a "
             "folder, name the data with a glob: folder/*.jsonl"
         )
     return _LAYOUT_OF_SUFFIX[suffix] or _layout_of_json(filesystem, info.path)
@@ -278,11 +278,11 @@ def _read_json(filesystem: Any, root: str, path: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise DataError(
-            f"{_shown(root, path)} is not JSON: {error}. Write the dataset again with save_to_disk"
+            f"{shown_path(root, path)} is not JSON: {error}. Write the dataset again with save_to_disk"
         ) from error
 
 
-def _shown(root: str, path: str) -> str:
+def shown_path(root: str, path: str) -> str:
     """A path as people may see it: with its scheme, without credentials and options."""
     match = _URI.match(root)
     if not match or match.group().lower() == "file://":

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 from uuid import uuid4
 
 import pyarrow as pa
@@ -94,6 +95,14 @@ class Store:
     def uri_for(self, path: str) -> str:
         """The place for people and records: a path on a disk, else a URI without credentials."""
         return f"{self.location.shown.rstrip('/')}/{_checked(path)}"
+
+    def address(self, path: str) -> str:
+        """What opens a stored file or folder as a source of rows; may hold credentials, never show
+        it."""
+        if self.is_local:
+            return self.full_path(path)
+        root, mark, options = self.location.uri.partition("?")
+        return f"{root.rstrip('/')}/{quote(_checked(path))}{mark}{options}"
 
     def stat(self, path: str) -> StoredFile | None:
         """The file at `path`, or None where there is no file."""
@@ -245,11 +254,15 @@ class Store:
 
         return fetch_once(outputs, fetch)
 
-    def _upload_file(self, source: Path, folder: str, name: str) -> OutputFile:
-        path = f"{folder}/{name}"
-        with open(source, "rb") as stream, self._sink(path) as sink:
+    def receive(self, stream: Any, folder: str, name: str) -> OutputFile:
+        """Copies what an open file still holds to `name` below `folder`, as `upload` does."""
+        with self._sink(f"{folder}/{name}") as sink:
             sha256, size = copy_hashed(stream, sink)
         return OutputFile(path=name, size=size, sha256=sha256)
+
+    def _upload_file(self, source: Path, folder: str, name: str) -> OutputFile:
+        with open(source, "rb") as stream:
+            return self.receive(stream, folder, name)
 
     @contextlib.contextmanager
     def _source(self, path: str) -> Iterator[Any]:

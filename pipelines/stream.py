@@ -9,12 +9,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipelines.arrivals import Arrival, Register
 from pipelines.artifact import Artifact, StageRecord
 from pipelines.config import StreamConfig
+from pipelines.decisions import DecisionLog
+from pipelines.gate import decide
 from pipelines.graph import build_graph
 from pipelines.interrupts import Interrupted, Interrupts
 from pipelines.job import Job
@@ -23,6 +26,7 @@ from pipelines.load import load_config
 from pipelines.provenance import Provenance, now_iso
 from pipelines.report import render_report
 from pipelines.results import StageResult, StreamView
+from pipelines.sources import display_name
 from pipelines.stage import Stage, StageEvent, find, state
 from pipelines.store import Store
 from pipelines.survey import Facts, survey
@@ -39,13 +43,14 @@ Watch = Callable[[StageEvent | None, Any], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
-    """A validated stream: nothing in it is known to be wrong."""
+    """A validated stream: nothing in it is known to be wrong. `arrivals` came through its inbox."""
 
     path: Path
     config: StreamConfig
     facts: Facts
     stages: tuple[Stage, ...]
     store: Store
+    arrivals: tuple[Arrival, ...] = ()
 
     @property
     def run_log(self) -> str:
@@ -81,10 +86,28 @@ def open_stream(
             cannot be opened, or not be written if `writable`.
     """
     config = load_config(path, overrides, settings)
+    register = None
+    if config.tasks_from is not None:
+        register = Register(open_storage(config, writable=False), config.name)
+        config = register.extend(config)
+        _require_tasks(path, config)
     facts = survey(config)
+    if register is not None:
+        register.check_copies(facts.digests())
     stages = build_graph(config, facts)
     store = open_storage(config, writable=writable)
-    return Stream(path=path, config=config, facts=facts, stages=stages, store=store)
+    arrivals = register.entries if register is not None else ()
+    return Stream(
+        path=path, config=config, facts=facts, stages=stages, store=store, arrivals=arrivals
+    )
+
+
+def _require_tasks(path: Path, config: StreamConfig) -> None:
+    if not config.tasks:
+        raise ConfigError(
+            f"stream {path} has no task yet: its YAML names none and nothing has been taken from "
+            f"{display_name(str(config.tasks_from))}; deliver a file and let it be taken: seekr tick {path}"
+        )
 
 
 def open_storage(config: StreamConfig, *, writable: bool) -> Store:
@@ -141,7 +164,12 @@ def view_of(stream: Stream) -> StreamView:
         )
         for record in records_of(stream).values()
     ]
-    return StreamView.of_config(stream.config, results)
+    return StreamView.of_config(
+        stream.config,
+        results,
+        arrivals=stream.arrivals,
+        decisions=DecisionLog(stream.store, stream.config.name).read(),
+    )
 
 
 def finished_view(stream: Stream) -> StreamView:
@@ -244,6 +272,9 @@ class _Run:
         store = self._stream.store
         store.write_json(self._stream.run_log, self._log | {"finished_at": now_iso()})
         view = view_of(self._stream)
+        decided = decide(store, self._stream.config, view)
+        if decided is not None:
+            view = replace(view_of(self._stream), decided=decided)
         page = render_report(view).encode()
         store.write_bytes(self._stream.report_path, page)
         with tempfile.TemporaryDirectory(prefix="seekr-report-") as folder:

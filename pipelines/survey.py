@@ -75,6 +75,13 @@ class Facts:
     weighing: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
     warnings: tuple[str, ...] = ()
 
+    def digests(self) -> dict[str, tuple[str, str | None]]:
+        """Return the digests of training and test rows by task; None where there are no test rows."""
+        return {
+            name: (task.train.digest, None if task.test is None else task.test.digest)
+            for name, task in self.tasks.items()
+        }
+
 
 def survey(config: StreamConfig) -> Facts:
     """Look at everything a stream names and check that it fits together.

@@ -84,6 +84,13 @@ OTHERS = {
     "token_weights.meta.columns/sentence": "task_descriptive",
     "token_weights.meta.columns/answer": "subject",
     "replay/review": "{folder}/data/upper/train.jsonl",
+    "stream/tasks_from": "{folder}/data/*",
+    "stream/gate": {"min_new_score": 0.5},
+    "stream/alerts": {"url_env": "ALERTS"},
+    "gate/against": "champion",
+    "alerts/url_env": "OTHER_ALERTS",
+    "alerts/url_file": "{folder}/secret",
+    "alerts/events": ["failed"],
 }
 # What a stream has to have before a field bears anything, by section or field; {own} is its folder.
 BASES = {
@@ -96,6 +103,11 @@ BASES = {
     ],
     "token_weights/model": ["token_weights.model={own}/model"],
     "token_weights.meta/exclude": ["token_weights.meta.exclude=['{own}/data/new.jsonl']"],
+    "gate": ["gate.max_forgetting=0.5"],
+    "gate/max_general_loss": ["gate.max_forgetting=0.5", "general.tasks=[piqa]"],
+    "gate/min_new_gain": ["gate.max_forgetting=0.5", "evaluate.forward_transfer=true"],
+    "alerts": ["alerts.url_env=ALERTS"],
+    "alerts/url_file": ["alerts.url_file={own}/secret"],
 }
 
 
@@ -227,7 +239,7 @@ def test_a_field_bears_what_the_page_says(
     name = heading.partition("{name: ")[2].rstrip("}")
     name = name or BEARING.get(f"{heading}/{row.name}", BEARING.get(heading, "seekr"))
     path, folder = streams[name]
-    basis = BASES.get(heading, BASES.get(f"{heading}/{row.name}", []))
+    basis = BASES.get(f"{heading}/{row.name}", BASES.get(heading, []))
     basis = [text.replace("{own}", str(path.parent)) for text in basis]
     before = open_stream(path, basis)
     after = open_stream(path, [*basis, *changes(heading, row, before.config, folder)])

@@ -63,7 +63,10 @@ class Course:
         needed = set[str]()
         for job in reversed(jobs):
             if job.stage.name in _MEASURED or job.stage.fingerprint in needed:
-                needed |= {job.stage.fingerprint, *(s.fingerprint for s in job.stage.inputs.values())}
+                needed |= {
+                    job.stage.fingerprint,
+                    *(s.fingerprint for s in job.stage.inputs.values()),
+                }
         return [job for job in jobs if job.stage.fingerprint in needed]
 
     def view(self, store: Store, learnt: int) -> StreamView:
@@ -156,11 +159,16 @@ class Courses:
 
     def _open(self, settings: Settings, seed: int, order: Sequence[str] | None) -> Stream:
         changes: dict[str, Any] = {**self.search.changes, **settings, "seed": seed}
-        if order is not None:
-            changes["tasks"] = [
-                task.model_dump(mode="json", exclude_none=True) for task in self._ordered(order)
-            ]
-        return open_stream(self.path, (), changes)
+        arriving = self.base.config.tasks_from is not None
+        if order is None and not arriving:
+            return open_stream(self.path, (), changes)
+        names = order or [task.name for task in self.base.config.tasks]
+        # What arrives in the stream's inbox while a search runs is not for the search.
+        fixed: dict[str, Any] = {"tasks_from": None} if arriving else {}
+        fixed["tasks"] = [
+            task.model_dump(mode="json", exclude_none=True) for task in self._ordered(names)
+        ]
+        return open_stream(self.path, (), fixed | changes if order is None else changes | fixed)
 
     def _ordered(self, order: Sequence[str]) -> list[TaskConfig]:
         tasks = {task.name: task for task in self.base.config.tasks}

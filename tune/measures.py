@@ -67,7 +67,7 @@ def known_measures(config: StreamConfig) -> dict[str, Measure]:
     def add(name: str, better: Direction, read: Read, says: str) -> None:
         found.append(Measure(name=name, better=better, read=read, says=says))
 
-    if config.tasks[0].test is not None:
+    if config.is_tested(config.tasks[0]):
         add("op", "max", lambda view: view.matrix().op(), "overall performance, mean over tasks")
         add("new_task_score", "max", _new_task_score, "mean score of each task when just learnt")
         for task in config.tasks:

@@ -102,6 +102,7 @@ def commit_stream(
     """A stream that ended well; the stages of the first `reused` tasks were found, not run."""
     out = Committer(Store.open(root))
     replays: dict[str, StageResult] = {}
+    data: dict[str, StageResult] = {}
     model: StageResult | None = None
     for k, task in enumerate(tasks):
         out.state = "reused" if k < reused else "ran"
@@ -113,6 +114,7 @@ def commit_stream(
             seconds=4.0,
             rows=1000,
         )
+        data[f"data.{task}"] = rows
         before = {"model": model} if model else {}
         model = out.commit(
             "train",
@@ -128,7 +130,7 @@ def commit_stream(
         out.commit(
             "evaluate",
             task,
-            inputs={f"model.{task}": model, f"data.{task}": rows},
+            inputs={f"model.{task}": model, **data},
             files={
                 "scores.json": scores_json(tasks, k, forget),
                 "predictions.parquet": predictions(tasks[: k + 1], k, forget),

@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(
     file for file in (ROOT / "examples").rglob("*.yaml") if "tasks:" in file.read_text()
 )
-COMMANDS = ["run", "plan", "status", "explain", "report", "lineage", "export", "doctor", "schema"]
+COMMANDS = [
+    *("run", "plan", "status", "explain", "report", "lineage", "export", "doctor", "schema"),
+    *("tick", "withdraw", "promote", "rollback", "champion"),
+]
 WITH_JSON = ["plan", "status", "explain"]
 Call = Callable[..., tuple[int, str, str]]
 
