@@ -19,6 +19,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pipelines.cluster_config import ClusterConfig
+from pipelines.cluster_rules import check_cluster
 from pipelines.compatibility import check_together
 from pipelines.data_config import DataConfig, Name, ProbeConfig, TaskConfig, TaskOptions
 from pipelines.document_rules import check_documents
@@ -132,7 +134,7 @@ class TrackingConfig(Section):
 
 
 class RayConfig(Section):
-    """The cluster."""
+    """The Ray cluster."""
 
     address: str | None = execution(None)
     """Of a running cluster; null starts a local one."""
@@ -182,7 +184,9 @@ class StreamConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     """Where MLflow is."""
     ray: RayConfig = RayConfig()
-    """The cluster."""
+    """The Ray cluster."""
+    cluster: ClusterConfig | None = execution(None)
+    """The Kubernetes cluster that `seekr cluster` lays out; null where the stream runs elsewhere."""
 
     @field_validator("tasks")
     @classmethod
@@ -233,6 +237,7 @@ class StreamConfig(Section):
     def _parts_go_together(self) -> StreamConfig:
         check_together(self)
         check_documents(self)
+        check_cluster(self)
         return self
 
     @property

@@ -20,11 +20,12 @@ from ray import tune
 from ray.tune import TuneConfig
 
 from pipelines.config import StreamConfig
+from pipelines.demand import needed_at_once
 from pipelines.lease import Lease, holder
 from pipelines.load import Kind, apply_override, read_mapping
 from pipelines.monitor import start_monitor
 from pipelines.provenance import Provenance
-from pipelines.session import needed_at_once, ray_session
+from pipelines.session import ray_session
 from seekr.errors import ConfigError, SeekrError
 from tune.courses import Courses
 from tune.driver import Parcel, PlanSearcher, StepDriver
