@@ -37,7 +37,8 @@ _MESSAGES = {
     "int_from_float": "must be an integer",
     "float_parsing": "must be a number",
 }
-_SOURCE_FIELD = re.compile(
+# Fields with sources of rows: files, folders and patterns below data_root, or URIs.
+SOURCE_FIELD = re.compile(
     r"tasks\.\d+\.(train|test)|probes\.\d+\.data|replay\.review|"
     r"token_weights\.meta\.(pairs|exclude\.\d+)"
 )
@@ -212,7 +213,7 @@ def put(
         ConfigError: there is no such list item, or what is above it is no section.
     """
     override = override or f"{dotted}={_short(value)}"
-    is_path = dotted in PATH_FIELDS or _SOURCE_FIELD.fullmatch(dotted)
+    is_path = dotted in PATH_FIELDS or SOURCE_FIELD.fullmatch(dotted)
     if is_path and isinstance(value, str) and value and "://" not in value:
         value = str(Path(value).expanduser().absolute())
     holder: Any = values
