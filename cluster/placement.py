@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 from cluster.mlflow import tracking_uri
 from cluster.names import Scene
-from pipelines.load import PATH_FIELDS, SOURCE_FIELD, put
+from pipelines.load import put
+from pipelines.stream_values import local_paths, texts
 from seekr.errors import ConfigError
 
 _MAX_BYTES = 1_000_000  # of a ConfigMap, whose limit is 1 MiB with its metadata
@@ -36,7 +36,7 @@ def placed_stream(scene: Scene, text: str) -> str:
     """
     values: dict[str, Any] = yaml.safe_load(text)
     _refuse_credentials(values)
-    for field, path in _local_paths(values):
+    for field, path in local_paths(values).items():
         if field in ("data_root", "model.path") or not _below_data_root(field):
             put(values, field, _placed(scene, field, path))
         elif path.startswith(("/", "~")):
@@ -65,17 +65,9 @@ def _below_data_root(field: str) -> bool:
 
 def _has_sources(values: dict[str, Any]) -> bool:
     return any(
-        _below_data_root(field) and not path.startswith("/") for field, path in _local_paths(values)
+        _below_data_root(field) and not path.startswith("/")
+        for field, path in local_paths(values).items()
     )
-
-
-def _local_paths(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what a stream names on the disk, by dotted field: model, folders, rows."""
-    return [
-        (field, text)
-        for field, text in _texts(values)
-        if "://" not in text and (field in PATH_FIELDS or SOURCE_FIELD.fullmatch(field))
-    ]
 
 
 def _placed(scene: Scene, field: str, path: str) -> str:
@@ -134,18 +126,10 @@ def _track(scene: Scene, values: dict[str, Any]) -> None:
 
 
 def _refuse_credentials(values: Any) -> None:
-    for field, text in _texts(values):
+    for field, text in texts(values):
         if _CREDENTIALS.search(text):
             raise ConfigError(
                 f"{field} has credentials in its address, which would be readable in a ConfigMap; take them "
                 "out, put them into a Secret and name it in cluster.storage.object_store or "
                 "cluster.secret_env"
             )
-
-
-def _texts(value: Any, *parts: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield ".".join(parts), value
-    items = value.items() if isinstance(value, dict) else ()
-    for key, item in enumerate(value) if isinstance(value, list) else items:
-        yield from _texts(item, *parts, str(key))

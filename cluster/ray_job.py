@@ -42,7 +42,7 @@ def ray_job_spec(scene: Scene) -> dict[str, Any]:
         rules = [
             {
                 "policy": rule.policy,
-                "condition": {"jobStatus": rule.on, "ttlSeconds": rule.after},
+                "condition": {"jobStatus": rule.when, "ttlSeconds": rule.after},
             }
             for rule in settings.deletion
         ]

@@ -25,7 +25,8 @@ from cluster.rules import violations
 from cluster.schedule import schedule
 from cluster.storage import claims, disruption_budgets, text_map
 from pipelines.config import StreamConfig
-from pipelines.load import apply_override, load_config, read_mapping
+from pipelines.load import load_config
+from pipelines.stream_values import read_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +107,7 @@ def read_stream(path: Path, overrides: Sequence[str] = ()) -> tuple[StreamConfig
     config = load_config(path, overrides)
     if not overrides:
         return config, path.read_text(encoding="utf-8")
-    values = read_mapping(path)
-    for override in overrides:
-        apply_override(values, override)
-    return config, yaml.safe_dump(values, sort_keys=False)
+    return config, yaml.safe_dump(read_values(path, overrides), sort_keys=False)
 
 
 def _base(found: Scene, stream_text: str) -> list[dict[str, Any]]:

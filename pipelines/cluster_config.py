@@ -129,7 +129,7 @@ class DeletionRuleConfig(Section):
 
     policy: Literal["DeleteWorkers", "DeleteCluster", "DeleteSelf"] = execution(...)
     """The workers, the whole cluster, or the RayJob with all that belongs to it."""
-    on: Literal["SUCCEEDED", "FAILED"] = execution(...)
+    when: Literal["SUCCEEDED", "FAILED"] = execution(...)
     """How the job ended."""
     after: int = execution(0, ge=0)
     """Seconds since then."""

@@ -115,16 +115,16 @@ def _check_kueue(cluster: ClusterConfig) -> None:
 def _check_deletion(cluster: ClusterConfig) -> None:
     seen: dict[tuple[str, str], int] = {}
     for rule in cluster.job.deletion:
-        if (rule.on, rule.policy) in seen:
+        if (rule.when, rule.policy) in seen:
             raise ValueError(
-                f"cluster.job.deletion has {rule.policy} on {rule.on} twice; keep one of them"
+                f"cluster.job.deletion has {rule.policy} on {rule.when} twice; keep one of them"
             )
         if rule.policy == "DeleteWorkers" and cluster.autoscaler is not None:
             raise ValueError(
                 "cluster.job.deletion has DeleteWorkers and cluster.autoscaler is set, which removes idle "
                 "workers itself; KubeRay takes only one of the two: use DeleteCluster"
             )
-        seen[rule.on, rule.policy] = rule.after
+        seen[rule.when, rule.policy] = rule.after
     for on in ("SUCCEEDED", "FAILED"):
         stages = [(seen[on, policy], policy) for policy in _DELETION_ORDER if (on, policy) in seen]
         for (first, earlier), (second, later) in pairwise(stages):
