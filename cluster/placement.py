@@ -37,7 +37,7 @@ def placed_stream(scene: Scene, text: str) -> str:
     values: dict[str, Any] = yaml.safe_load(text)
     _refuse_credentials(values)
     for field, path in local_paths(values).items():
-        if field in ("data_root", "model.path") or not _below_data_root(field):
+        if not _below_data_root(field):
             put(values, field, _placed(scene, field, path))
         elif path.startswith(("/", "~")):
             _placed(scene, field, path)

@@ -28,7 +28,7 @@ FORBIDDEN = {
 CLUSTER_MAY_IMPORT = (
     *("pipelines.config", "pipelines.load", "pipelines.section", "pipelines.demand"),
     *("pipelines.cluster_config", "pipelines.cluster_services", "pipelines.cluster_values"),
-    *("pipelines.cluster_rules", "pipelines.cluster_layout"),
+    *("pipelines.cluster_rules", "pipelines.cluster_layout", "pipelines.stream_values"),
 )
 MAX_LINES = 350
 # A folder of the machine this is developed on. Spelt so that this file does not contain it.
