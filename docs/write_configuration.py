@@ -19,6 +19,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pipelines import (
+    cluster_config,
+    cluster_services,
     config,
     continual_config,
     data_config,
@@ -54,6 +56,26 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("inbox", continual_config.InboxConfig),
     ("gate", continual_config.GateConfig),
     ("alerts", continual_config.AlertsConfig),
+    ("cluster", cluster_config.ClusterConfig),
+    ("cluster.head", cluster_config.HeadConfig),
+    ("cluster.cpu_workers", cluster_config.CpuWorkersConfig),
+    ("cluster.gpu_workers", cluster_config.GpuWorkersConfig),
+    ("cluster.gpu_workers.tolerations[]", cluster_config.TolerationConfig),
+    ("cluster.autoscaler", cluster_config.AutoscalerConfig),
+    ("cluster.kueue", cluster_config.KueueConfig),
+    ("cluster.job", cluster_config.JobConfig),
+    ("cluster.job.deletion[]", cluster_config.DeletionRuleConfig),
+    ("cluster.schedule", cluster_services.ScheduleConfig),
+    ("cluster.storage", cluster_services.StorageConfig),
+    ("cluster.storage.claim", cluster_services.ClaimConfig),
+    ("cluster.storage.object_store", cluster_services.ObjectStoreConfig),
+    ("cluster.storage.object_store.access_key", cluster_services.SecretKey),
+    ("cluster.mlflow", cluster_services.MlflowConfig),
+    ("cluster.mlflow.deploy", cluster_services.MlflowServerConfig),
+    ("cluster.mlflow.deploy.postgres", cluster_services.PostgresConfig),
+    ("cluster.redis", cluster_services.RedisConfig),
+    ("cluster.network", cluster_services.NetworkConfig),
+    ("cluster.network.egress[]", cluster_services.EgressConfig),
 )
 # The stream's name stands in no stage's payload: it names reports, MLflow runs and models.
 LABELS = frozenset({("StreamConfig", "name")})
@@ -160,6 +182,8 @@ def _allowed(schema: dict[str, Any]) -> str:
         return "[" + ", ".join(_allowed(item) for item in schema["prefixItems"]) + "]"
     if schema.get("type") == "array":
         return f"a list of {_allowed(schema['items'])}"
+    if schema.get("type") == "object":
+        return f"names, each with {_allowed(schema['additionalProperties'])}"
     words = {"string": "text", "boolean": "true, false"}
     kind: str = schema["type"]
     text = "path" if schema.get("format") == "path" else words.get(kind, kind)
@@ -184,6 +208,8 @@ def _shown(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, tuple):
         return "`[]`" if not value else f"`{list(value)}`"
+    if isinstance(value, dict):
+        return "`{}`"
     return f"`{_number(value) if isinstance(value, float) else value}`"
 
 

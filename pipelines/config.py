@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pipelines.cluster_config import ClusterConfig
+from pipelines.cluster_rules import check_cluster
 from pipelines.compatibility import check_together
 from pipelines.continual_config import AlertsConfig, GateConfig, InboxConfig
 from pipelines.data_config import (
@@ -141,7 +143,7 @@ class TrackingConfig(Section):
 
 
 class RayConfig(Section):
-    """The cluster."""
+    """The Ray cluster."""
 
     address: str | None = execution(None)
     """Of a running cluster; null starts a local one."""
@@ -193,13 +195,15 @@ class StreamConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     """Where MLflow is."""
     ray: RayConfig = RayConfig()
-    """The cluster."""
+    """The Ray cluster."""
     inbox: InboxConfig = InboxConfig()
     """When something in the inbox is taken."""
     gate: GateConfig | None = execution(None)
     """What the newest model has to show to become the champion; null promotes by hand alone."""
     alerts: AlertsConfig | None = execution(None)
     """Whom ticks tell what happened; null tells nobody."""
+    cluster: ClusterConfig | None = execution(None)
+    """The Kubernetes cluster that `seekr cluster` lays out; null where the stream runs elsewhere."""
 
     @field_validator("tasks")
     @classmethod
@@ -244,6 +248,7 @@ class StreamConfig(Section):
     def _parts_go_together(self) -> StreamConfig:
         check_together(self)
         check_documents(self)
+        check_cluster(self)
         return self
 
     def with_tasks(self, arrived: Sequence[TaskConfig]) -> StreamConfig:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-import types
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -37,7 +36,8 @@ _MESSAGES = {
     "int_from_float": "must be an integer",
     "float_parsing": "must be a number",
 }
-_SOURCE_FIELD = re.compile(
+# Fields with sources of rows: files, folders and patterns below data_root, or URIs.
+SOURCE_FIELD = re.compile(
     r"tasks_from|tasks\.\d+\.(train|test)|probes\.\d+\.data|replay\.review|"
     r"token_weights\.meta\.(pairs|exclude\.\d+)"
 )
@@ -213,7 +213,7 @@ def put(
         ConfigError: there is no such list item, or what is above it is no section.
     """
     override = override or f"{dotted}={_short(value)}"
-    is_path = dotted in PATH_FIELDS or _SOURCE_FIELD.fullmatch(dotted)
+    is_path = dotted in PATH_FIELDS or SOURCE_FIELD.fullmatch(dotted)
     if is_path and isinstance(value, str) and value and "://" not in value:
         value = str(Path(value).expanduser().absolute())
     holder: Any = values
@@ -311,18 +311,18 @@ def _fields_at(where: list[Any], values: dict[str, Any]) -> set[str]:
     """Return the field names of the section that a location points at."""
     model: Any = StreamConfig
     for part in where:
-        if isinstance(part, int):
-            continue
         if part == "method":
             method = values.get("method")
             name = method.get("name") if isinstance(method, dict) else None
             return set(METHODS[name].model_fields) if name in METHODS else {"name"}
-        model = _section_of(model.model_fields[part].annotation)
+        if part in model.model_fields:  # not an item, a key, or which of two kinds a value is
+            model = _section_of(model.model_fields[part].annotation) or model
     return set(model.model_fields)
 
 
-def _section_of(annotation: Any) -> type[BaseModel]:
-    """Return the section inside `Section`, `Section | None` or `tuple[Section, ...]`."""
-    if get_origin(annotation) in (Union, types.UnionType, tuple):
-        return next(_section_of(a) for a in get_args(annotation) if a not in (type(None), ...))
-    return annotation
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the section inside `Section | None`, `tuple[Section, ...]` or `dict[str, Section]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_of(part) for part in get_args(annotation))
+    return next((section for section in found if section is not None), None)

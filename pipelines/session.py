@@ -18,8 +18,8 @@ import ray
 import ray.data
 
 from pipelines.config import StreamConfig
+from pipelines.demand import needed_at_once
 from pipelines.hosts import forget_hosts
-from pipelines.pool_config import ActorConfig, PoolConfig
 from pipelines.train_group import end_groups, share_cluster
 from seekr.errors import ConfigError
 
@@ -82,25 +82,6 @@ def _connect(configs: Sequence[StreamConfig], drivers: int) -> None:
     ray.init(num_cpus=cpus, **local, **quiet)
 
 
-def needed_at_once(config: StreamConfig) -> dict[str, float]:
-    """Return how many CPUs and GPUs a cluster must have for each of a stream's stages to fit."""
-    train, pools = config.train, _pools(config)
-    general = [config.general] * config.general.asked
-    return {
-        # A pool's actors keep their cores while a task brings them rows.
-        "CPU": max(
-            train.fewest_workers * train.cpus_per_worker,
-            *(actors * actor.cpus + 1 for actor, actors in pools),
-            *(measured.cpus for measured in general),
-        ),
-        "GPU": max(
-            train.fewest_workers * train.gpus_per_worker,
-            *(actors * actor.gpus for actor, actors in pools),
-            *(measured.gpus for measured in general),
-        ),
-    }
-
-
 def _check_resources(config: StreamConfig) -> None:
     total = ray.cluster_resources()
     for name, needed in needed_at_once(config).items():
@@ -110,21 +91,6 @@ def _check_resources(config: StreamConfig) -> None:
                 f"the stream needs {needed:g} {name}s at once and the Ray cluster has {has:g}; "
                 "lower train.workers, train.cpus_per_worker or the pools, or add nodes"
             )
-
-
-def _pools(config: StreamConfig) -> list[tuple[ActorConfig, int]]:
-    """Return what each actor of a pool that the stream uses gets, and how many there are."""
-    needs, replay, weights = config.method.needs, config.replay, config.token_weights
-    pools: list[PoolConfig] = [config.evaluate]
-    if needs.heads or needs.fisher:
-        pools.append(config.score)
-    asked = (needs.replay and replay.sampling != "random") or replay.generator is not None
-    if needs.teacher or needs.task_logits or needs.reference or asked or weights is not None:
-        pools.append(config.teach)
-    found: list[tuple[ActorConfig, int]] = [(pool, pool.actors) for pool in pools]
-    if weights is not None and weights.trains_network:
-        found.append((weights.meta, 1))
-    return found
 
 
 def _configure_data() -> None:

@@ -39,6 +39,7 @@ FIELDS = [
     pytest.param(heading, row, id=f"{heading}/{row.name}")
     for heading, model in SETTINGS["SECTIONS"]
     for row in SETTINGS["rows_of"](model)
+    if not heading.startswith("cluster")  # all of it at once, as stream/cluster
 ]
 # Another value of the fields that hold text or nothing; {folder} is a copy of the stream's data.
 OTHERS = {
@@ -62,6 +63,7 @@ OTHERS = {
     "train/lora": {"rank": 4},
     "train/profile_steps": [1, 2],
     "tracking/uri": "sqlite:///other.db",
+    "stream/cluster": {"image": "seekr:1", "storage": {"claim": {"size": "1Gi"}}},
     "ray/address": "auto",
     "stream/benchmark": "another",
     "general/tasks": ["boolq"],
@@ -246,6 +248,22 @@ def test_a_field_bears_what_the_page_says(
     moved = {stage.fingerprint for stage in before.stages} != {s.fingerprint for s in after.stages}
     assert before.config != after.config
     assert moved == (row.kind == "identity")
+
+
+def test_nothing_about_a_cluster_bears_identity() -> None:
+    sections = [pair for pair in SETTINGS["SECTIONS"] if pair[0].startswith("cluster")]
+    kinds = {row.kind for _, model in sections for row in SETTINGS["rows_of"](model)}
+    assert len(sections) > 15
+    assert kinds == {"execution"}
+
+
+def test_the_cluster_sections_in_the_documents_are_valid() -> None:
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    blocks = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    assert len(blocks) == 2
+    stream = yaml_blocks()[0]
+    for block in blocks:
+        assert StreamConfig.model_validate(stream | block).cluster is not None
 
 
 def test_every_file_in_the_tree_of_the_readme_exists_and_is_described() -> None:

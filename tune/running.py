@@ -17,10 +17,11 @@ from ray import tune
 from ray.tune import TuneConfig
 
 from pipelines.config import StreamConfig
+from pipelines.demand import needed_at_once
 from pipelines.lease import Lease, holder
 from pipelines.monitor import start_monitor
 from pipelines.provenance import Provenance
-from pipelines.session import needed_at_once, ray_session
+from pipelines.session import ray_session
 from seekr.errors import ConfigError, SeekrError
 from tune.driver import Parcel, PlanSearcher, StepDriver
 from tune.plan import Plan, Tell

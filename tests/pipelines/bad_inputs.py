@@ -57,6 +57,11 @@ def wrong_type(values: Values, folder: Path) -> None:
     values["train"]["epochs"] = "two"
 
 
+@case("train.workers", "mni: unknown field", "did you mean 'min'")
+def misspelt_field_of_a_range(values: Values, folder: Path) -> None:
+    values["train"]["workers"] = {"mni": 1, "max": 2}
+
+
 @case("train.batch_size", "greater than or equal to 1", "0")
 def batch_of_nothing(values: Values, folder: Path) -> None:
     values["train"]["batch_size"] = 0

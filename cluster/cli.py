@@ -1,0 +1,60 @@
+"""`seekr cluster`: a stream on Kubernetes, from the command line. Needs no Ray where it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+out = Console()
+app = typer.Typer(
+    help="Run a stream on Kubernetes, under KubeRay.\n\n"
+    "The stream's `cluster` section says on what; how many workers there are follows from the stream itself.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+StreamPath = Annotated[Path, typer.Argument(metavar="STREAM", help="The stream's YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="Change a field of the stream. May be repeated."
+    ),
+]
+
+
+@app.callback()
+def _cluster() -> None:
+    """Keep `render` a word of its own, as one command alone would be called without it."""
+
+
+@app.command()
+def render(
+    stream: StreamPath,
+    to: Annotated[Path, typer.Option("--out", metavar="FOLDER")] = Path("manifests"),
+    set_: Overrides = None,
+) -> None:
+    """Write all manifests of a stream: a kustomize base, and an overlay per way of running it.
+
+    Files of an earlier rendering are replaced; what you put beside them stays.
+
+    Example: seekr cluster render stream.yaml --out manifests && kubectl apply -k manifests/overlays/job
+    """
+    from cluster.needed import needed_secrets
+    from cluster.render import read_stream
+    from cluster.render import render as render_stream
+
+    config, text = read_stream(stream, set_ or ())
+    manifests = render_stream(config, text)
+    files = manifests.write(to)
+    _say(f"{len(files)} files in {to}")
+    for name in manifests.overlays:
+        _say(f"  kubectl apply -k {to}/overlays/{name}")
+    for name, keys in needed_secrets(manifests.all).items():
+        _say(f"Secret {name} must exist, with {', '.join(keys)}")
+
+
+def _say(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
