@@ -27,7 +27,7 @@ in_image bash -euc '
   task() { echo "{name: $1, train: /examples/retention/$1/train.jsonl, test: /examples/retention/$1/test.jsonl}"; }
   run() {
     seekr run /examples/retention_4.yaml --set storage=/tmp/store --set "tasks=[$(task reverse), $(task swap)]" \
-      --set train.epochs=1 --set data.train_rows=32 --set data.test_rows=8
+      --set train.epochs=1 --set data.train_rows=32 --set data.test_rows=8 --set replay.ratio=0.25
   }
   run
   run > /tmp/again
