@@ -23,7 +23,7 @@ from tests.pipelines.s3_server import ACCESS_KEY, BUCKET
 RAY_PORT, STORE_PORT = 6379, 9000
 TOKEN = "token"
 CPUS = 2
-RUN_SECONDS = 1200
+RUN_SECONDS = 2400
 # What lets a cluster notice within seconds that a host is gone; Ray's own settings take most of a minute.
 NOTICED_SOON = {
     "RAY_health_check_initial_delay_ms": "2000",

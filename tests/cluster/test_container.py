@@ -85,6 +85,17 @@ def test_rays_version_is_the_pinned_one_in_every_stage() -> None:
     assert arguments()["RAY_VERSION"] == {pins()["ray"]}
 
 
+def test_the_manifests_ask_for_the_same_ray_user_and_home() -> None:
+    manifests = pytest.importorskip("cluster.versions", reason="no manifests are rendered yet")
+    names = pytest.importorskip("cluster.names")
+    settings = pytest.importorskip("pipelines.cluster_config")
+    assert arguments()["RAY_VERSION"] == {manifests.VERSIONS.ray}
+    assert f"HOME={names.HOME}" in " ".join(of("ENV", LAST)).split()
+    assert of("USER", LAST)[-1].split(":")[0] == str(
+        settings.ClusterConfig.model_fields["user"].default
+    )
+
+
 def test_all_that_is_installed_is_pinned() -> None:
     installs = [run for run in of("RUN") if "pip install" in run]
     assert installs

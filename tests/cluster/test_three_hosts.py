@@ -20,29 +20,35 @@ from tests.cluster.ray_hosts import RUN_SECONDS, RayHosts, StoreHost
 from tests.pipelines.running import Run, digests
 from tests.pipelines.streams import make_stream, write_task
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.timeout(5400)]
 TASKS = ("upper", "reverse")
 TRAINER, SCORER = "ray::RayTrainWorker", "ray::ScoreHost"
-SCORED_ROWS = 120
+ROWS, EPOCHS = 48, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def needed() -> None:
+    require()
 
 
 @pytest.fixture(scope="module")
 def stream_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trainings of 300 steps with a checkpoint every 10, and a scoring that takes its rows one by one."""
+    """Trainings of 72 steps with a checkpoint every 4, and a scoring that takes its rows one by one."""
     path = make_stream(
         tmp_path_factory.mktemp("stream"),
         train={
-            "epochs": 20,
+            "epochs": EPOCHS,
+            "micro_batch_size": 2,
             "workers": 2,
             "cpus_per_worker": 2,
-            "checkpoint_every": 10,
+            "checkpoint_every": 4,
         },
         replay={"ratio": 1.0},
         score={"actors": 2, "batch_size": 1},
         ray=None,
     )
     for task in TASKS:
-        write_task(path.parent / "data" / task, task, train=SCORED_ROWS)
+        write_task(path.parent / "data" / task, task, train=ROWS)
     return path
 
 
@@ -52,7 +58,7 @@ def alone(stream_path: Path) -> dict[str, str]:
     storage = stream_path.parent / "alone"
     run = Run.start(stream_path, storage)
     try:
-        assert run.wait() == 0, run.said()[-4000:]
+        assert run.process.wait(RUN_SECONDS) == 0, run.said()[-4000:]
     finally:
         run.end()
     found = digests(storage)
@@ -61,8 +67,8 @@ def alone(stream_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def network() -> Iterator[Network]:
-    require()
+def network(alone: dict[str, str]) -> Iterator[Network]:
+    """Made when nothing else runs: hosts that wait cost cores too."""
     with Network() as network:
         yield network
 
@@ -129,7 +135,7 @@ def test_a_host_that_is_cut_off_while_it_trains_and_while_it_scores_changes_no_b
 ) -> None:
     begun = time.monotonic()
     run = start(cluster, store, "cut")
-    wait_until("a training", lambda: training(store, "cut", "upper", 20), RUN_SECONDS, every=0.5)
+    wait_until("a training", lambda: training(store, "cut", "upper", 8), RUN_SECONDS, every=0.5)
     lost = one_but_the_head(cluster, TRAINER)
     network.cut(lost)
     saved, cut = store.newest_checkpoint("cut", "upper"), time.monotonic()
@@ -172,7 +178,7 @@ def test_a_head_that_is_switched_off_and_another_in_its_place_compute_nothing_tw
     cluster: RayHosts, store: StoreHost, alone: dict[str, str]
 ) -> None:
     run = start(cluster, store, "head")
-    wait_until("training", lambda: training(store, "head", "reverse", 20), RUN_SECONDS, every=0.5)
+    wait_until("training", lambda: training(store, "head", "reverse", 8), RUN_SECONDS, every=0.5)
     before = store.finished("head")
     assert any(key.startswith("train/upper/") for key in before)
     off = time.monotonic()
