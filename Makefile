@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-cluster lint format clean
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,10 @@ test: .venv/.ready
 
 test-slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow
+
+# Three hosts on this machine, made of network namespaces: needs root, iproute2 and util-linux, and skips without.
+test-cluster: .venv/.ready
+	$(BIN)/python -m pytest -m cluster tests/cluster -s
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

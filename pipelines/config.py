@@ -151,6 +151,9 @@ class RayConfig(Section):
     """Logical CPUs of the local one."""
     parallel_stages: int = execution(2, ge=1)
     """Independent stages that may run at the same time."""
+    patience: float = execution(600, ge=0)
+    """Seconds that the cluster may have less than running stages need, or not answer, before the run ends:
+    nodes that are gone may come back."""
 
 
 class StreamConfig(Section):

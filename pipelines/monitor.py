@@ -14,6 +14,8 @@ from typing import Any
 
 import ray
 
+from pipelines.placement import beside_driver
+
 # Seconds between two posts of one reporter.
 POST_INTERVAL = 0.5
 # Between two packets of steps.
@@ -65,8 +67,8 @@ class Monitor:
 
 
 def start_monitor() -> Any:
-    """Start the actor on the driver's cluster; it takes no resources."""
-    return ray.remote(num_cpus=0)(Monitor).remote()
+    """Start the actor on the driver's node; it takes no resources."""
+    return ray.remote(Monitor).options(**beside_driver()).remote()
 
 
 @dataclass(slots=True)

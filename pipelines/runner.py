@@ -18,6 +18,7 @@ import ray
 import ray.exceptions
 
 from pipelines.borrow import borrow
+from pipelines.capacity import Capacity, ClusterTooSmall
 from pipelines.config import StreamConfig
 from pipelines.evaluate import evaluate
 from pipelines.fisher import fisher
@@ -76,7 +77,7 @@ class _Progress:
     """
 
     waiting: list[Job]
-    running: dict[str, Stage] = field(default_factory=lambda: dict[str, Stage]())
+    running: dict[str, Job] = field(default_factory=lambda: dict[str, Job]())
     records: dict[str, StageRecord] = field(default_factory=lambda: dict[str, StageRecord]())
     error: BaseException | None = None
     saving: set[str] | None = None
@@ -94,7 +95,7 @@ class _Progress:
 
     def begin(self, job: Job) -> None:
         self.waiting.remove(job)
-        self.running[job.stage.fingerprint] = job.stage
+        self.running[job.stage.fingerprint] = job
 
     def end(self, stage: Stage, result: StageRecord | BaseException) -> None:
         del self.running[stage.fingerprint]
@@ -107,11 +108,14 @@ class _Progress:
             finished = isinstance(result, StageRecord)
             self.told.append(f"{stage} is finished" if finished else str(result))
 
+    def configs(self) -> dict[Stage, StreamConfig]:
+        return {job.stage: job.config for job in self.running.values()}
+
     def halt(self, monitor: Any, interrupts: Interrupts) -> None:
         """Begin no more stages, and ask trainings that are past their start to save and end."""
         self.saving = set()
         self.told = [str(self.error)] if self.error is not None else []
-        trainings = [stage for stage in self.running.values() if stage.name == "train"]
+        trainings = [job.stage for job in self.running.values() if job.stage.name == "train"]
         if trainings and monitor is not None:
             monitor.stop.remote()
             numbers = _snapshot(monitor)
@@ -124,8 +128,8 @@ class _Progress:
         """Return what happened to stages since the halt, those that are left as they are last."""
         goes_on, begins = "it goes on from its last checkpoint", "it begins again"
         return self.told + [
-            f"{stage} was left, {goes_on if stage.name in _SAVED else begins}"
-            for stage in self.running.values()
+            f"{job.stage} was left, {goes_on if job.stage.name in _SAVED else begins}"
+            for job in self.running.values()
         ]
 
 
@@ -136,6 +140,7 @@ def run_stages(
     provenance: Provenance,
     parallel: int,
     interrupts: Interrupts | None = None,
+    capacity: Capacity | None = None,
 ) -> Iterator[StageEvent | None]:
     """Run stages until all are in the store; yields events as they happen, and None between them.
 
@@ -143,9 +148,11 @@ def run_stages(
         jobs: each after its inputs; a stage that several streams ask for is done once.
         parallel: how many may run at the same time.
         interrupts: whether the run is to end is asked there all the time.
+        capacity: asked all the time whether the cluster still has what running stages need.
 
     Raises:
         Interrupted: the run was asked to end; stages may still be running, and commit nothing.
+        ClusterTooSmall: they would wait for ever; they commit nothing either.
         The first error of a stage, once the stages beside it have ended.
     """
     interrupts = interrupts or Interrupts()
@@ -179,6 +186,12 @@ def run_stages(
             progress.begin(job)
             name = str(job.stage)
             threading.Thread(target=work, args=(job,), name=name, daemon=True).start()
+        if capacity is not None:
+            try:
+                capacity.check(progress.configs())
+            except ClusterTooSmall:
+                abandon_all()
+                raise
         try:
             item = events.get(timeout=_TICK_SECONDS)
         except queue.Empty:

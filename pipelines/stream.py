@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipelines.arrivals import Arrival, Register
 from pipelines.artifact import Artifact, StageRecord
+from pipelines.capacity import Capacity, ClusterTooSmall
 from pipelines.config import StreamConfig
 from pipelines.decisions import DecisionLog
 from pipelines.gate import decide
@@ -202,11 +203,12 @@ def run_streams(
         streams: opened with `writable=True`, on one storage.
         watch: called in this thread with every event, and with None in between; its second
             argument asks the running stages for their newest numbers.
-        warn: told, once per stream, if MLflow cannot be written.
+        warn: told, once per stream, if MLflow cannot be written; and if the cluster has lost what it needs.
         interrupts: entered by the caller if signals are to end the run in good order.
 
     Raises:
         Interrupted: a signal came; what was running has saved or begins again, nothing is held.
+        ClusterTooSmall: hosts of the cluster are gone and did not come back.
         ConfigError: the streams have different storages, or one name.
         Whatever the first failing stage raised, after the others ended.
     """
@@ -222,8 +224,14 @@ def run_streams(
     live, interrupts = LiveSteps(), interrupts or Interrupts()
     parallel = first.config.ray.parallel_stages
     try:
-        with _monitor_if_needed(streams) as monitor, interrupts.deferred():
-            for event in run_stages(first.store, jobs, monitor, provenance, parallel, interrupts):
+        with (
+            _monitor_if_needed(streams) as monitor,
+            Capacity(first.config.ray.patience, warn) as capacity,
+            interrupts.deferred(),
+        ):
+            for event in run_stages(
+                first.store, jobs, monitor, provenance, parallel, interrupts, capacity
+            ):
                 steps = live.fetch(monitor)
                 for run in runs:
                     run.note_steps(steps)
@@ -231,7 +239,7 @@ def run_streams(
                         run.note(event)
                 watch(event, monitor)
         return [run.finish() for run in runs]
-    except Interrupted:
+    except (Interrupted, ClusterTooSmall):
         release_all()
         raise
     finally:

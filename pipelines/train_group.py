@@ -20,15 +20,18 @@ from typing import Any
 import ray
 import ray.exceptions
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from pipelines.config import StreamConfig
 from pipelines.desk import Desk, serve
+from pipelines.placement import beside_driver
+from pipelines.process_group import NodeTorchConfig
 from pipelines.train_config import TrainConfig
 from pipelines.workspace import SCRATCH, Workspace
 
 # Groups that do not start: killed at birth, or a minute without the resources they ask for.
 _MIN_START_FAILURES = 10
+_START_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
 _END_SECONDS = 5.0
 
@@ -43,11 +46,16 @@ class Shape:
     gpus: float
     backend: str | None
     max_failures: int
+    start_failures: int
     strategy: str
 
     @classmethod
-    def of(cls, train: TrainConfig) -> Shape:
-        """Return the shape of the group that a stream's trainings need."""
+    def of(cls, train: TrainConfig, patience: float = 0.0) -> Shape:
+        """Return the shape of the group that a stream's trainings need.
+
+        Args:
+            patience: seconds that it may wait for nodes to come back.
+        """
         return cls(
             fewest=train.fewest_workers,
             most=train.most_workers,
@@ -55,6 +63,10 @@ class Shape:
             gpus=train.gpus_per_worker,
             backend=process_group_backend(train),
             max_failures=train.max_failures,
+            # One more than fit, so that who watches the cluster says what it lacks.
+            start_failures=max(
+                _MIN_START_FAILURES, train.max_failures, 2 + int(patience // _START_SECONDS)
+            ),
             strategy=train.strategy,
         )
 
@@ -80,7 +92,7 @@ def train_in_group(work: str, spec: Any, workspace: Workspace, config: StreamCon
     Raises:
         WorkerGroupError, ControllerError: as `TorchTrainer.fit` does, when no try is left.
     """
-    shape = Shape.of(config.train)
+    shape = Shape.of(config.train, config.ray.patience)
     stays = config.ray.address is None and not shape.gpus and shape.fewest == shape.most
     if not stays or shape.strategy == "deepspeed":
         group = _Group(shape, work, workspace)
@@ -112,8 +124,7 @@ class _Group:
         self.shape, self.usable = shape, True
         self._error: BaseException | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="seekr-group-")
-        place = {"num_cpus": 0, "scheduling_strategy": "DEFAULT"}
-        self._desk: Any = ray.remote(Desk).options(**place).remote()
+        self._desk: Any = ray.remote(Desk).options(**beside_driver()).remote()
         self._thread = threading.Thread(
             target=self._fit,
             args=(self._trainer(work, workspace),),
@@ -166,10 +177,8 @@ class _Group:
                 use_gpu=shape.gpus > 0,
                 resources_per_worker=resources,
             ),
-            torch_config=TorchConfig(backend=shape.backend),
-            run_config=RunConfig(
-                name="ray-train", failure_config=failure_config(shape.max_failures), **storage
-            ),
+            torch_config=NodeTorchConfig(backend=shape.backend),
+            run_config=RunConfig(name="ray-train", failure_config=failure_config(shape), **storage),
         )
 
     def _fit(self, trainer: TorchTrainer) -> None:
@@ -179,15 +188,15 @@ class _Group:
             self._error = error
 
 
-def failure_config(max_failures: int) -> FailureConfig:
+def failure_config(shape: Shape) -> FailureConfig:
     """Return how often a training goes on from its last checkpoint by itself.
 
     A preempted node is nobody's failure and has no limit; groups that never start have one.
     """
     return FailureConfig(
-        max_failures=max_failures,
+        max_failures=shape.max_failures,
         max_preemption_failures=-1,
-        controller_failure_limit=max(_MIN_START_FAILURES, max_failures),
+        controller_failure_limit=shape.start_failures,
     )
 
 

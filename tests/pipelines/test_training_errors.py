@@ -20,7 +20,7 @@ from pipelines.stage import state
 from pipelines.store import Store
 from pipelines.stream import open_stream, run_streams, status_of
 from pipelines.train_config import LoraConfig, TrainConfig
-from pipelines.train_group import failure_config, process_group_backend
+from pipelines.train_group import Shape, failure_config, process_group_backend
 from seekr.errors import SeekrError
 from tests.pipelines.running import end_shared_cluster, workers_started
 from tests.pipelines.streams import make_model, make_stream, task_rows, write_rows
@@ -171,10 +171,14 @@ def test_a_worker_that_ray_killed_for_memory_is_explained_and_other_deaths_are_n
 
 
 def test_failures_and_starts_are_limited_and_preemptions_are_not() -> None:
-    found = failure_config(2)
+    found = failure_config(Shape.of(TrainConfig(max_failures=2)))
     assert (found.max_failures, found.max_preemption_failures) == (2, -1)
     assert found.controller_failure_limit == 10  # without one, a group that never starts waits on
-    assert failure_config(20).controller_failure_limit == 20
+    often = Shape.of(TrainConfig(max_failures=20))
+    assert failure_config(often).controller_failure_limit == 20
+    # A start that fails for lack of nodes takes a minute.
+    patient = Shape.of(TrainConfig(), patience=3600)
+    assert failure_config(patient).controller_failure_limit == 62
 
 
 @pytest.mark.parametrize(
