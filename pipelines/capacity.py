@@ -10,8 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-import ray
-
 from pipelines.config import StreamConfig
 from pipelines.pool_config import PoolConfig
 from pipelines.stage import Stage
@@ -30,6 +28,8 @@ Totals = Callable[[], Mapping[str, float]]
 
 def cluster_totals() -> Mapping[str, float]:
     """Return what the hosts that are alive have together; raises where none can be asked."""
+    import ray
+
     if not ray.is_initialized():
         raise RuntimeError("there is no cluster")  # and asking must not start one
     return ray.cluster_resources()
