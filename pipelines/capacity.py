@@ -1,7 +1,8 @@
 """Whether a cluster still has what running stages need: hosts leave, and most of them come back.
 
 Ray waits for ever for resources that are gone, and says nothing. So a run asks every few seconds what the
-cluster has, says when that is too little, and ends with a sentence when it stays so.
+cluster has, says when that is too little, and ends with a sentence when it stays so. Ray is imported where
+it is asked: whoever opens a stream imports this module.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-
-import ray
 
 from pipelines.config import StreamConfig
 from pipelines.pool_config import PoolConfig
@@ -30,6 +29,8 @@ Totals = Callable[[], Mapping[str, float]]
 
 def cluster_totals() -> Mapping[str, float]:
     """Return what the hosts that are alive have together; raises where none can be asked."""
+    import ray
+
     if not ray.is_initialized():
         raise RuntimeError("there is no cluster")  # and asking must not start one
     return ray.cluster_resources()

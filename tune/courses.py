@@ -63,7 +63,10 @@ class Course:
         needed = set[str]()
         for job in reversed(jobs):
             if job.stage.name in _MEASURED or job.stage.fingerprint in needed:
-                needed |= {job.stage.fingerprint, *(s.fingerprint for s in job.stage.inputs.values())}
+                needed |= {
+                    job.stage.fingerprint,
+                    *(s.fingerprint for s in job.stage.inputs.values()),
+                }
         return [job for job in jobs if job.stage.fingerprint in needed]
 
     def view(self, store: Store, learnt: int) -> StreamView:
