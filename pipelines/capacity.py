@@ -1,7 +1,8 @@
 """Whether a cluster still has what running stages need: hosts leave, and most of them come back.
 
 Ray waits for ever for resources that are gone, and says nothing. So a run asks every few seconds what the
-cluster has, says when that is too little, and ends with a sentence when it stays so.
+cluster has, says when that is too little, and ends with a sentence when it stays so. Ray is imported where
+it is asked: whoever opens a stream imports this module.
 """
 
 from __future__ import annotations

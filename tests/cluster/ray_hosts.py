@@ -28,8 +28,8 @@ RUN_SECONDS = 2400
 NOTICED_SOON = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_timeout_ms": "4000",
+    "RAY_health_check_failure_threshold": "4",
     # And a host that the head is gone.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
     # Not about hosts: Ray's dashboard may take minutes to start on two cores that others use too.
