@@ -135,8 +135,8 @@ def _codec(file: pq.ParquetFile) -> str:
     metadata = file.metadata
     if not metadata.num_row_groups or not metadata.num_columns:
         return "snappy"
-    found = metadata.row_group(0).column(0).compression.lower()
-    return {"uncompressed": "none"}.get(found, found)
+    found = str(metadata.row_group(0).column(0).compression).lower()
+    return "none" if found == "uncompressed" else found
 
 
 def _begun(

@@ -95,9 +95,9 @@ class Request:
         """
         try:
             value: dict[str, Any] = dict(store.read_json(path))
-            lists = {name: tuple(value[name]) for name in ("rows", "derived", "begin_again")}
-            learnt = {key: tuple(marks) for key, marks in value["learnt"].items()}
-            return cls(**value | lists | {"learnt": learnt})
+            value |= {name: tuple(value[name]) for name in ("rows", "derived", "begin_again")}
+            value["learnt"] = {key: tuple(marks) for key, marks in value["learnt"].items()}
+            return cls(**value)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
                 f"{store.uri_for(path)}: is no request to forget rows ({error!r}); bring the file "
