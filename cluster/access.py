@@ -20,6 +20,20 @@ _FOLLOW = [
     {"apiGroups": ["ray.io"], "resources": ["rayclusters"], "verbs": ["get", "list"]},
     {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list"]},
     {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+    # `ray job stop` is called where the cluster's token is: only so can trainings save.
+    {"apiGroups": [""], "resources": ["pods/exec"], "verbs": ["create", "get"]},
+]
+# Whether what a run needs is there, and as the stream says.
+_LOOK = [
+    {
+        "apiGroups": [""],
+        "resources": ["persistentvolumeclaims", "serviceaccounts", "services"],
+        "verbs": ["get"],
+    },
+    {"apiGroups": ["apps"], "resources": ["deployments", "statefulsets"], "verbs": ["get"]},
+    {"apiGroups": ["networking.k8s.io"], "resources": ["networkpolicies"], "verbs": ["get"]},
+    {"apiGroups": ["policy"], "resources": ["poddisruptionbudgets"], "verbs": ["get"]},
+    {"apiGroups": [_RBAC], "resources": ["rolebindings", "roles"], "verbs": ["get"]},
 ]
 _START = [
     {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "list"]},
@@ -33,7 +47,7 @@ def access(scene: Scene) -> list[dict[str, Any]]:
         _account(scene, "head", HEAD, identity),
         _account(scene, "worker", WORKER, identity),
         _account(scene, "submit", SUBMITTER, {}),
-        *_granted(scene, "submit", SUBMITTER, _FOLLOW),
+        *_granted(scene, "submit", SUBMITTER, [*_FOLLOW, *_LOOK, _stream(scene)]),
     ]
     schedule, mlflow = scene.cluster.schedule, scene.cluster.mlflow
     if schedule is not None and schedule.kind == "CronJob":
@@ -42,6 +56,16 @@ def access(scene: Scene) -> list[dict[str, Any]]:
     if mlflow is not None and mlflow.deploy is not None:
         found.append(_account(scene, "mlflow", MLFLOW, identity))
     return found
+
+
+def _stream(scene: Scene) -> dict[str, Any]:
+    """Return the right to submit the stream as it has become: its ConfigMap, and no other."""
+    return {
+        "apiGroups": [""],
+        "resources": ["configmaps"],
+        "resourceNames": [scene.called("stream")],
+        "verbs": ["get", "patch"],
+    }
 
 
 def _account(

@@ -1,4 +1,4 @@
-"""`seekr cluster`: a stream on Kubernetes, from the command line. Needs no Ray where it runs."""
+"""`seekr cluster`: a stream on Kubernetes, from the command line. Rendering needs no Ray."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from cluster.commands import register
 
 out = Console()
 app = typer.Typer(
@@ -23,11 +25,6 @@ Overrides = Annotated[
         "--set", metavar="FIELD=VALUE", help="Change a field of the stream. May be repeated."
     ),
 ]
-
-
-@app.callback()
-def _cluster() -> None:
-    """Keep `render` a word of its own, as one command alone would be called without it."""
 
 
 @app.command()
@@ -54,6 +51,9 @@ def render(
         _say(f"  kubectl apply -k {to}/overlays/{name}")
     for name, keys in needed_secrets(manifests.all).items():
         _say(f"Secret {name} must exist, with {', '.join(keys)}")
+
+
+register(app)
 
 
 def _say(text: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.names import HOME, Scene
+from cluster.submission import STOP_WAIT
 from pipelines.cluster_config import PodConfig, TolerationConfig
 from pipelines.cluster_services import SecretKey
 from pipelines.cluster_values import quantity
@@ -101,6 +102,8 @@ def ray_environment(scene: Scene) -> list[dict[str, Any]]:
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
+        # Ray alone would give a run that is stopped three seconds.
+        STOP_WAIT: str(cluster.job.grace_seconds),
     }
     if cluster.offline:
         values |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -7,6 +7,7 @@ from typing import Any
 from cluster.names import ENTRYPOINT, HEAD, SUBMITTER, Scene
 from cluster.pods import CONTAINER_SECURITY, common_spec, environment, resources, scratch
 from cluster.ray_cluster import ray_cluster_spec
+from cluster.submission import CLOSING_SECONDS
 
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 
@@ -26,7 +27,7 @@ def ray_job_spec(scene: Scene) -> dict[str, Any]:
     """Return the spec of a RayJob, as a RayCronJob has it too."""
     settings = scene.cluster.job
     spec: dict[str, Any] = {
-        "entrypoint": ENTRYPOINT,
+        "entrypoint": f"{ENTRYPOINT} --grace {settings.grace_seconds - CLOSING_SECONDS}",
         "submissionMode": settings.submission,
         "backoffLimit": settings.retries,
         "preRunningDeadlineSeconds": settings.starting_seconds,

@@ -152,7 +152,7 @@ class JobConfig(Section):
     keep_seconds: int = execution(3600, ge=0)
     """That the cluster of an ended job stays, for its dashboard; not with `deletion`."""
     grace_seconds: int = execution(120, ge=30)
-    """That pods get between being told to stop and being killed."""
+    """That pods, and runs that are cancelled, get between being told to stop and being killed."""
     deletion: tuple[DeletionRuleConfig, ...] = execution(())
     """Staged removal, instead of `keep_seconds`."""
 

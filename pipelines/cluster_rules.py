@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # The operator, or what is rendered, sets these itself.
 RESERVED = re.compile(
     r"RAY_AUTH_.*|RAY_ADDRESS|RAY_REDIS_ADDRESS|REDIS_(USERNAME|PASSWORD)|RAY_enable_autoscaler_v2|"
-    r"RAY_gcs_storage.*|RAY_CLUSTER_.*|KUBERAY_.*|HOME|AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY)|"
+    r"RAY_gcs_storage.*|RAY_CLUSTER_.*|KUBERAY_.*|RAY_JOB_STOP_.*|HOME|AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY)|"
     r"GOOGLE_APPLICATION_CREDENTIALS"
 )
 # Where other volumes are mounted in every pod.

@@ -109,12 +109,21 @@ def test_workers_come_from_the_stream() -> None:
 
 def test_a_run_reads_the_stream_where_it_is_mounted() -> None:
     job = manifests_of("cpu dev").ray_job["spec"]
-    assert job["entrypoint"] == f"seekr run {STREAM_FILE}"
+    assert job["entrypoint"] == f"seekr run {STREAM_FILE} --grace 105"
     spec = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     mounts = {item["name"]: item["mountPath"] for item in spec["containers"][0]["volumeMounts"]}
     (volume,) = [item for item in spec["volumes"] if "configMap" in item]
     assert volume["configMap"]["name"] == "weekly-stream"
     assert f"{mounts[volume['name']]}/stream.yaml" == STREAM_FILE
+
+
+def test_a_run_that_is_stopped_has_its_grace_and_ray_waits_longer() -> None:
+    job = rendered("cpu dev", cluster={"job": {"grace_seconds": 600}}).ray_job["spec"]
+    spec = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    environment = {item["name"]: item.get("value") for item in spec["containers"][0]["env"]}
+    assert int(job["entrypoint"].rpartition(" ")[2]) < int(environment["RAY_JOB_STOP_WAIT_TIME_S"])
+    assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
+    assert spec["terminationGracePeriodSeconds"] == 600
 
 
 def test_a_cron_job_creates_the_same_rayjob_with_its_queue() -> None:
