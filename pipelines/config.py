@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -70,6 +72,13 @@ AnyMethod = Annotated[
     | MTL,
     Field(discriminator="name"),
 ]
+# For editors: which of the two it is that brings tasks is otherwise known to a validator alone.
+_TASKS_OR_INBOX: dict[str, JsonValue] = {
+    "anyOf": [
+        {"required": ["tasks"], "properties": {"tasks": {"minItems": 1}}},
+        {"required": ["tasks_from"], "properties": {"tasks_from": {"type": "string"}}},
+    ]
+}
 # Logical CPUs for Ray Data's own read and write tasks.
 _TASK_CPUS = 2
 
@@ -158,6 +167,8 @@ class RayConfig(Section):
 
 class StreamConfig(Section):
     """A stream: a base model, a method, and an append-only list of tasks."""
+
+    model_config = ConfigDict(json_schema_extra=_TASKS_OR_INBOX)
 
     name: Name
     """Names the stream in reports and MLflow."""

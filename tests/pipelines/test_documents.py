@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+from pipelines.forgotten import NOTHING
 from pipelines.ingest import _Encoder
 from pipelines.inspection import inspect
 from pipelines.readers import read_source
@@ -132,7 +133,7 @@ def test_the_focus_is_kept_as_places_of_tokens_in_the_row(tmp_path: Path, max_le
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {"input": None, "output": None, "definition": None, "text": "text", "focus": "focus"}
     encoder = _Encoder(
-        str(tmp_path / "model"), False, {"columns": columns, "max_length": max_length}
+        str(tmp_path / "model"), False, {"columns": columns, "max_length": max_length}, NOTHING
     )
     (file,) = list_files(str(tmp_path / "rows.jsonl"))
     found = list(encoder({"kind": TRAIN, "file": file}))
