@@ -7,18 +7,22 @@ is for. Policies select by these labels, never by those that the operator adds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.cluster_config import ClusterConfig
 from pipelines.cluster_layout import Layout, layout
 from pipelines.cluster_rules import cluster_name
-from pipelines.config import StreamConfig
 from seekr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.config import StreamConfig
 
 INSTANCE = "app.kubernetes.io/instance"
 COMPONENT = "app.kubernetes.io/component"
 HEAD, WORKER, SUBMITTER, TRIGGER = "ray-head", "ray-worker", "submitter", "schedule"
 MLFLOW, DATABASE = "mlflow", "mlflow-db"
+STARTED_BY = "app.kubernetes.io/managed-by"
+"""Label of the RayJobs that a schedule has created, with the schedule's component."""
 RAY = (HEAD, WORKER)
 
 STREAM_FOLDER = "/etc/seekr"
