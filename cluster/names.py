@@ -28,8 +28,6 @@ RAY = (HEAD, WORKER)
 STREAM_FOLDER = "/etc/seekr"
 STREAM_FILE = f"{STREAM_FOLDER}/stream.yaml"
 HOME = "/home/seekr"
-ENTRYPOINT = f"seekr run {STREAM_FILE}"
-"""What runs on the head. Without a character that a shell would read, as two of them do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +77,15 @@ class Scene:
             "labels": self.labels(component),
         }
         return {"apiVersion": api, "kind": kind, "metadata": metadata, **fields}
+
+    @property
+    def command(self) -> str:
+        """What runs on the head, without a character that a shell would read, as two of them do.
+
+        A stream with an inbox takes in first what has arrived.
+        """
+        verb = "run" if self.config.tasks_from is None else "tick"
+        return f"seekr {verb} {STREAM_FILE}"
 
     def host(self, part: str) -> str:
         """Return the name by which a Service is reached from anywhere in the cluster."""

@@ -15,6 +15,7 @@ from cluster.names import COMPONENT, STREAM_FILE
 from cluster.needed import needed_secrets
 from cluster.render import render
 from cluster.versions import VERSIONS
+from pipelines.cli import app
 from pipelines.config import StreamConfig
 from tests.cluster.crd_schemas import PLURALS, complaints, skip_without_schemas
 from tests.cluster.rendered import NAMES, PASSWORD, manifests_of, rendered, stream
@@ -125,6 +126,25 @@ def test_a_run_that_is_stopped_has_its_grace_and_ray_waits_longer() -> None:
     assert int(job["entrypoint"].rpartition(" ")[2]) < int(environment["RAY_JOB_STOP_WAIT_TIME_S"])
     assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
     assert spec["terminationGracePeriodSeconds"] == 600
+
+
+def test_a_stream_with_an_inbox_takes_in_what_has_arrived() -> None:
+    found = rendered("CronJob", tasks_from="inbox/*", data_root="arrivals")
+    assert found.ray_job["spec"]["entrypoint"].startswith(f"seekr tick {STREAM_FILE} --grace ")
+    (text,) = [
+        item["data"]["stream.yaml"]
+        for item in found.of_kind("ConfigMap")
+        if "stream.yaml" in item["data"]
+    ]
+    values = yaml.safe_load(text)
+    assert (values["data_root"], values["tasks_from"]) == ("/mnt/seekr/arrivals", "inbox/*")
+
+
+def test_every_command_that_is_rendered_is_one_of_seekrs() -> None:
+    commands = {item.callback.__name__ for item in app.registered_commands if item.callback}
+    for changes in ({}, {"tasks_from": "inbox/*"}):
+        entrypoint = rendered("cpu dev", **changes).ray_job["spec"]["entrypoint"]
+        assert entrypoint.split()[1] in commands
 
 
 def test_a_cron_job_creates_the_same_rayjob_with_its_queue() -> None:
