@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.names import HEAD, MLFLOW, SUBMITTER, TRIGGER, WORKER, Scene
+from cluster.names import DATABASE, HEAD, MLFLOW, SUBMITTER, TRIGGER, WORKER, Scene
 
 _RBAC = "rbac.authorization.k8s.io"
 _FOLLOW = [
@@ -36,7 +36,7 @@ _LOOK = [
     {"apiGroups": [_RBAC], "resources": ["rolebindings", "roles"], "verbs": ["get"]},
 ]
 _START = [
-    {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "list"]},
+    {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "delete", "list"]},
 ]
 
 
@@ -55,6 +55,7 @@ def access(scene: Scene) -> list[dict[str, Any]]:
         found += _granted(scene, "schedule", TRIGGER, _START)
     if mlflow is not None and mlflow.deploy is not None:
         found.append(_account(scene, "mlflow", MLFLOW, identity))
+        found.append(_account(scene, "mlflow-db", DATABASE, {}))
     return found
 
 

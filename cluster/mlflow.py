@@ -121,6 +121,7 @@ def _arguments(scene: Scene, server: MlflowServerConfig) -> list[str]:
     database = f"{scene.called('mlflow-db')}:{DATABASE_PORT}/{_USER}"
     hosts = [scene.called("mlflow"), scene.host("mlflow"), f"{scene.host('mlflow')}.cluster.local"]
     allowed = [f"{host}:{MLFLOW_PORT}" for host in hosts] + ["localhost:*", "127.0.0.1:*"]
+    allowed += server.hosts
     return [
         "--host=0.0.0.0",
         f"--port={MLFLOW_PORT}",
@@ -192,7 +193,7 @@ def _database(scene: Scene, server: MlflowServerConfig) -> dict[str, Any]:
         "securityContext": CONTAINER_SECURITY,
         "volumeMounts": mounts,
     }
-    spec = common_spec(scene, user=_POSTGRES_USER, account=scene.called("mlflow"))
+    spec = common_spec(scene, user=_POSTGRES_USER, account=scene.called("mlflow-db"))
     spec |= {
         "terminationGracePeriodSeconds": 60,
         "containers": [container],

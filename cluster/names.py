@@ -7,25 +7,27 @@ is for. Policies select by these labels, never by those that the operator adds.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.cluster_config import ClusterConfig
 from pipelines.cluster_layout import Layout, layout
 from pipelines.cluster_rules import cluster_name
-from pipelines.config import StreamConfig
 from seekr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.config import StreamConfig
 
 INSTANCE = "app.kubernetes.io/instance"
 COMPONENT = "app.kubernetes.io/component"
 HEAD, WORKER, SUBMITTER, TRIGGER = "ray-head", "ray-worker", "submitter", "schedule"
 MLFLOW, DATABASE = "mlflow", "mlflow-db"
+STARTED_BY = "app.kubernetes.io/managed-by"
+"""Label of the RayJobs that a schedule has created, with the schedule's component."""
 RAY = (HEAD, WORKER)
 
 STREAM_FOLDER = "/etc/seekr"
 STREAM_FILE = f"{STREAM_FOLDER}/stream.yaml"
 HOME = "/home/seekr"
-ENTRYPOINT = f"seekr run {STREAM_FILE}"
-"""What runs on the head. Without a character that a shell would read, as two of them do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,15 @@ class Scene:
             "labels": self.labels(component),
         }
         return {"apiVersion": api, "kind": kind, "metadata": metadata, **fields}
+
+    @property
+    def command(self) -> str:
+        """What runs on the head, without a character that a shell would read, as two of them do.
+
+        A stream with an inbox takes in first what has arrived.
+        """
+        verb = "run" if self.config.tasks_from is None else "tick"
+        return f"seekr {verb} {STREAM_FILE}"
 
     def host(self, part: str) -> str:
         """Return the name by which a Service is reached from anywhere in the cluster."""

@@ -60,7 +60,8 @@ def placed_stream(scene: Scene, text: str) -> str:
 
 def _below_data_root(field: str) -> bool:
     """Whether a relative path in this field starts at data_root."""
-    return field.startswith(("tasks.", "probes.", "replay.review", "token_weights.meta."))
+    below = ("tasks_from", "tasks.", "probes.", "replay.review", "token_weights.meta.")
+    return field.startswith(below)
 
 
 def _has_sources(values: dict[str, Any]) -> bool:

@@ -98,6 +98,7 @@ def ray_environment(scene: Scene) -> list[dict[str, Any]]:
     cluster, store = scene.cluster, scene.cluster.storage.object_store
     values = {
         "HOME": HOME,
+        "USER": "seekr",  # which the image's list of users need not know
         # Set here as well as by the operator: one that did not know the setting must not go without.
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -20,8 +20,14 @@ from cluster.pods import (
     tolerations,
 )
 from cluster.versions import VERSIONS
-from pipelines.cluster_config import GpuWorkersConfig, PodConfig, TolerationConfig
+from pipelines.cluster_config import (
+    AutoscalerConfig,
+    GpuWorkersConfig,
+    PodConfig,
+    TolerationConfig,
+)
 from pipelines.cluster_layout import Span
+from pipelines.cluster_services import RedisConfig
 
 METRICS_PORT, DASHBOARD_PORT = 8080, 8265
 _HEAD_PORTS = {
@@ -50,15 +56,13 @@ def ray_cluster_spec(scene: Scene) -> dict[str, Any]:
         "workerGroupSpecs": _groups(scene),
     }
     if cluster.autoscaler is not None:
-        spec |= _autoscaling(scene)
+        spec |= _autoscaling(scene, cluster.autoscaler)
     if cluster.redis is not None:
-        spec["gcsFaultToleranceOptions"] = _fault_tolerance(scene)
+        spec["gcsFaultToleranceOptions"] = _fault_tolerance(cluster.redis)
     return spec
 
 
-def _autoscaling(scene: Scene) -> dict[str, Any]:
-    autoscaler = scene.cluster.autoscaler
-    assert autoscaler is not None
+def _autoscaling(scene: Scene, autoscaler: AutoscalerConfig) -> dict[str, Any]:
     # The operator adds the container and its volume for logs; /tmp and HOME are the head's own.
     _, mounts = scratch(scene.cluster.head.scratch, "/tmp")
     options = {
@@ -74,9 +78,7 @@ def _autoscaling(scene: Scene) -> dict[str, Any]:
     return {"enableInTreeAutoscaling": True, "autoscalerOptions": options}
 
 
-def _fault_tolerance(scene: Scene) -> dict[str, Any]:
-    redis = scene.cluster.redis
-    assert redis is not None
+def _fault_tolerance(redis: RedisConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"backend": "redis", "redisAddress": redis.address}
     for name, secret in (("redisUsername", redis.username), ("redisPassword", redis.password)):
         if secret is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.names import ENTRYPOINT, HEAD, SUBMITTER, Scene
+from cluster.names import HEAD, SUBMITTER, Scene
 from cluster.pods import CONTAINER_SECURITY, common_spec, environment, resources, scratch
 from cluster.ray_cluster import ray_cluster_spec
 from cluster.submission import CLOSING_SECONDS
@@ -27,7 +27,7 @@ def ray_job_spec(scene: Scene) -> dict[str, Any]:
     """Return the spec of a RayJob, as a RayCronJob has it too."""
     settings = scene.cluster.job
     spec: dict[str, Any] = {
-        "entrypoint": f"{ENTRYPOINT} --grace {settings.grace_seconds - CLOSING_SECONDS}",
+        "entrypoint": f"{scene.command} --grace {settings.grace_seconds - CLOSING_SECONDS}",
         "submissionMode": settings.submission,
         "backoffLimit": settings.retries,
         "preRunningDeadlineSeconds": settings.starting_seconds,

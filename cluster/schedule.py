@@ -15,6 +15,7 @@ from cluster.names import TRIGGER, Scene
 from cluster.pods import CONTAINER_SECURITY, common_spec, environment, resources, scratch
 from cluster.ray_job import ray_job, ray_job_spec
 from cluster.storage import text_map
+from pipelines.cluster_services import ScheduleConfig
 
 JOB_FOLDER = "/etc/seekr"
 JOB_FILE = "rayjob.yaml"
@@ -35,16 +36,17 @@ def schedule(scene: Scene) -> list[dict[str, Any]]:
         }
         return [scene.object("ray.io/v1", "RayCronJob", "", TRIGGER, spec=spec)]
     manifest = yaml.safe_dump(ray_job(scene), sort_keys=False, width=100)
-    return [text_map(scene, "rayjob", TRIGGER, {JOB_FILE: manifest}), _cron_job(scene)]
+    return [text_map(scene, "rayjob", TRIGGER, {JOB_FILE: manifest}), _cron_job(scene, settings)]
 
 
-def _cron_job(scene: Scene) -> dict[str, Any]:
-    settings = scene.cluster.schedule
-    assert settings is not None
+def _cron_job(scene: Scene, settings: ScheduleConfig) -> dict[str, Any]:
     job = {
         "backoffLimit": _TRIGGER_RETRIES,
         "activeDeadlineSeconds": _TRIGGER_SECONDS,
-        "template": {"metadata": {"labels": scene.labels(TRIGGER)}, "spec": _trigger(scene)},
+        "template": {
+            "metadata": {"labels": scene.labels(TRIGGER)},
+            "spec": _trigger(scene, settings),
+        },
     }
     return scene.object(
         "batch/v1",
@@ -64,7 +66,7 @@ def _cron_job(scene: Scene) -> dict[str, Any]:
     )
 
 
-def _trigger(scene: Scene) -> dict[str, Any]:
+def _trigger(scene: Scene, settings: ScheduleConfig) -> dict[str, Any]:
     """Return the pod that creates the RayJob, named as the tick that it belongs to."""
     volumes, mounts = scratch("100Mi", "/tmp")
     volumes.append({"name": "rayjob", "configMap": {"name": scene.called("rayjob")}})
@@ -75,8 +77,11 @@ def _trigger(scene: Scene) -> dict[str, Any]:
         "image": scene.cluster.image,
         "imagePullPolicy": "IfNotPresent",
         "command": ["python", "-m", "cluster.trigger", f"{JOB_FOLDER}/{JOB_FILE}"],
-        "env": [*environment({"HOME": "/tmp"}, {}), {"name": "SEEKR_TICK", "valueFrom": tick}],
-        "resources": resources(cpu="100m", memory="256Mi"),
+        "env": [
+            *environment({"HOME": "/tmp", "SEEKR_HISTORY": str(settings.history)}, {}),
+            {"name": "SEEKR_TICK", "valueFrom": tick},
+        ],
+        "resources": resources(cpu="100m", memory="512Mi"),
         "securityContext": CONTAINER_SECURITY,
         "volumeMounts": mounts,
     }

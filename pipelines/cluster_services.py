@@ -13,6 +13,7 @@ from pipelines.cluster_values import (
     Cidr,
     Cron,
     DnsLabel,
+    Host,
     Image,
     KeyOfSecret,
     Quantity,
@@ -50,7 +51,7 @@ class ScheduleConfig(Section):
     starting_deadline: int = execution(3600, ge=10)
     """Seconds that a CronJob may start late, after the control plane was away; then it waits for the next."""
     history: int = execution(3, ge=0)
-    """Finished Jobs of a CronJob that are kept, of each outcome."""
+    """Finished Jobs of a CronJob that are kept, and RayJobs that it has created, of each outcome."""
 
 
 class ClaimConfig(Section):
@@ -122,6 +123,8 @@ class MlflowServerConfig(Section):
 
     image: Image | None = execution(None)
     """With mlflow and psycopg2; null is MLflow's own, the one with everything in it."""
+    hosts: tuple[Host, ...] = execution(())
+    """Names under which people open it from outside, such as mlflow.example.com; others are refused."""
     cpu: Quantity = execution("1")
     """Of its pod."""
     memory: Quantity = execution("4Gi")

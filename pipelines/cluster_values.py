@@ -34,7 +34,7 @@ _FOLDER = re.compile(r"(/[A-Za-z0-9._-]+)+")
 _SECRETIVE = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|CREDENTIAL|(ACCESS|API|PRIVATE)_?KEY", re.I)
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
-_CRON_FIELDS = (
+_CRON_FIELDS: tuple[tuple[str, int, int, dict[str, int]], ...] = (
     ("minute", 0, 59, {}),
     ("hour", 0, 23, {}),
     ("day of month", 1, 31, {}),
@@ -210,6 +210,15 @@ def _folder(text: str) -> str:
     return text
 
 
+def _host(text: str) -> str:
+    name, _, port = text.partition(":")
+    if not _SUBDOMAIN.fullmatch(name) or (port and not port.isdecimal()):
+        raise ValueError(
+            "a host's name is needed, such as mlflow.example.com, with a port if need be"
+        )
+    return text
+
+
 def _cidr(text: str) -> str:
     try:
         ipaddress.ip_network(text)
@@ -239,5 +248,6 @@ KeyOfSecret = Annotated[str, AfterValidator(_secret_key)]
 Image = Annotated[str, AfterValidator(_image)]
 Registry = Annotated[str, AfterValidator(_registry)]
 PodFolder = Annotated[str, AfterValidator(_folder)]
+Host = Annotated[str, AfterValidator(_host)]
 Cidr = Annotated[str, AfterValidator(_cidr)]
 WebAddress = Annotated[str, AfterValidator(_web_address)]

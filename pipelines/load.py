@@ -24,6 +24,11 @@ PATH_FIELDS = (
     *("model.path", "data_root", "general.folder"),
     *("token_weights.network", "token_weights.model", "alerts.url_file"),
 )
+# Where addresses with credentials, and secrets themselves, are written by mistake.
+_HIDDEN = (
+    *("alerts", "cluster.env", "cluster.secret_env", "cluster.mlflow"),
+    *("cluster.storage.object_store", "cluster.redis"),
+)
 # What pydantic words for programmers.
 _MESSAGES = {
     "string_pattern_mismatch": "letters, digits, '.', '_' and '-' are allowed, the first a letter "
@@ -271,14 +276,22 @@ def _explain(item: Any, values: dict[str, Any]) -> str:
         return f"  {field}: a section such as {{name: {name}}} is needed; found {_short(found)}"
     if kind == "model_type":
         names = ", ".join(sorted(_fields_at(where, values)))
-        return f"  {field}: a section with {names} is needed; found {_short(found)}"
+        return f"  {field}: a section with {names} is needed{_found(where, found)}"
     message = _MESSAGES.get(kind) or item["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be", "must be")
     if kind == "string_type" and isinstance(found, bool | int | float):
         message += ", and YAML reads this as something else: put it in quotes"
-    if kind == "value_error" and (isinstance(found, list) or where[:1] == ["alerts"]):
-        return f"  {field}: {message}"  # the message names the items; and there may be a secret
-    return f"  {field}: {message}; found {_short(found)}"
+    if kind == "value_error" and not where:
+        return f"  {message}"  # it names the fields
+    if kind == "value_error" and isinstance(found, list):
+        return f"  {field}: {message}"  # the message names the items
+    return f"  {field}: {message}{_found(where, found)}"
+
+
+def _found(where: list[Any], value: Any) -> str:
+    """Say what was found, but where it may be a secret that somebody wrote into the YAML."""
+    hidden = any(".".join(map(str, where)).startswith(field) for field in _HIDDEN)
+    return "" if hidden else f"; found {_short(value)}"
 
 
 def _advice(where: list[Any], values: dict[str, Any]) -> str:

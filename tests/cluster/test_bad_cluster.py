@@ -131,6 +131,25 @@ def test_a_bad_field_is_named(case: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"env": {"HF_TOKEN": "s3cr3t"}},
+        {"secret_env": {"HF_TOKEN": "s3cr3t"}},
+        {"mlflow": {"uri": "https://me:s3cr3t@mlflow.example.com"}},
+        {"storage": {"object_store": {"endpoint": "http://me:s3cr3t@minio:9000"}}},
+        {"storage": {"object_store": {"access_key": "s3cr3t"}}},
+        {"redis": {"address": "redis://:s3cr3t@redis:6379"}},
+        {"redis": {"address": "redis:6379", "password": "s3cr3t"}},
+        {"mlflow": {"deploy": {"postgres": {"password": "s3cr3t"}}}},
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_refused_and_not_repeated(
+    section: dict[str, Any], tmp_path: Path
+) -> None:
+    assert "s3cr3t" not in refusal(tmp_path, cluster=section)
+
+
 # What does not go together: the stream that is changed, the changes, what the message must have.
 TOGETHER: dict[str, tuple[str, dict[str, Any], str]] = {
     "autoscaler and kueue": (

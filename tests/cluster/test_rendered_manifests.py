@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import click
 import kubernetes_validate
 import pytest
 import yaml
@@ -14,9 +15,10 @@ from cluster.names import COMPONENT, STREAM_FILE
 from cluster.needed import needed_secrets
 from cluster.render import render
 from cluster.versions import VERSIONS
+from pipelines.cli import app
 from pipelines.config import StreamConfig
 from tests.cluster.crd_schemas import PLURALS, complaints, skip_without_schemas
-from tests.cluster.rendered import NAMES, manifests_of, rendered, stream
+from tests.cluster.rendered import NAMES, PASSWORD, manifests_of, rendered, stream
 
 KUBERNETES = "1.33"
 
@@ -126,6 +128,25 @@ def test_a_run_that_is_stopped_has_its_grace_and_ray_waits_longer() -> None:
     assert spec["terminationGracePeriodSeconds"] == 600
 
 
+def test_a_stream_with_an_inbox_takes_in_what_has_arrived() -> None:
+    found = rendered("CronJob", tasks_from="inbox/*", data_root="arrivals")
+    assert found.ray_job["spec"]["entrypoint"].startswith(f"seekr tick {STREAM_FILE} --grace ")
+    (text,) = [
+        item["data"]["stream.yaml"]
+        for item in found.of_kind("ConfigMap")
+        if "stream.yaml" in item["data"]
+    ]
+    values = yaml.safe_load(text)
+    assert (values["data_root"], values["tasks_from"]) == ("/mnt/seekr/arrivals", "inbox/*")
+
+
+def test_every_command_that_is_rendered_is_one_of_seekrs() -> None:
+    commands = {item.callback.__name__ for item in app.registered_commands if item.callback}
+    for changes in ({}, {"tasks_from": "inbox/*"}):
+        entrypoint = rendered("cpu dev", **changes).ray_job["spec"]["entrypoint"]
+        assert entrypoint.split()[1] in commands
+
+
 def test_a_cron_job_creates_the_same_rayjob_with_its_queue() -> None:
     found = manifests_of("kueue")
     (cron,) = found.of_kind("CronJob")
@@ -208,3 +229,32 @@ def bearing(value: Any) -> Any:
         if inner != {}:
             found[name] = inner
     return found
+
+
+def test_mlflow_answers_to_its_own_names_and_those_that_are_given() -> None:
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    deploy = {"deploy": {"hosts": ["mlflow.example.com"], "postgres": {"password": PASSWORD}}}
+    (server,) = rendered("cpu dev", cluster={"mlflow": deploy}).of_kind("Deployment")
+    (container,) = server["spec"]["template"]["spec"]["containers"]
+    options = dict(item.split("=", 1) for item in container["args"])
+    hosts = options["--allowed-hosts"].split(",")
+    for host in ("weekly-mlflow.seekr.svc:5000", "weekly-mlflow:5000", "mlflow.example.com"):
+        assert is_allowed_host_header(hosts, host)
+    assert is_allowed_host_header(hosts, "localhost:15000")  # a forwarded port
+    assert not is_allowed_host_header(hosts, "evil.example.com")
+    assert "@weekly-mlflow-db:5432/mlflow" in options["--backend-store-uri"]
+    assert ":" not in options["--backend-store-uri"].partition("://")[2].partition("@")[0]
+
+
+def test_mlflows_own_command_takes_the_arguments() -> None:
+    from mlflow.cli import cli
+
+    (server,) = manifests_of("air-gapped").of_kind("Deployment")
+    (container,) = server["spec"]["template"]["spec"]["containers"]
+    _, name = container["command"]
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    context = command.make_context(name, list(container["args"]))
+    assert context.params["artifacts_destination"] == "/artifacts"
+    assert context.params["port"] == 5000

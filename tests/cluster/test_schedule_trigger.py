@@ -60,7 +60,14 @@ class Server:
                     self.answer(409, {"reason": "AlreadyExists"})
                 else:
                     server.jobs[name] = body
+                    stamp = f"2026-11-22T00:{len(server.jobs):02}:00Z"
+                    body["metadata"]["creationTimestamp"] = stamp
                     self.answer(201, body)
+
+            def do_DELETE(self) -> None:
+                server.asked.append("delete")
+                found = server.jobs.pop(self.path.removeprefix(f"{JOBS}/"), None)
+                self.answer(200 if found else 404, {})
 
             def answer(self, status: int, value: Any) -> None:
                 text = json.dumps(value).encode()
@@ -114,6 +121,8 @@ def test_a_tick_creates_the_job_under_its_own_name(api: CustomObjectsApi, server
     (job,) = server.jobs.values()
     expected = copy.deepcopy(manifests_of("CronJob").ray_job)
     expected["metadata"]["name"] = "weekly-29000000"
+    expected["metadata"]["labels"]["app.kubernetes.io/managed-by"] = "schedule"
+    job["metadata"].pop("creationTimestamp")
     assert job == expected
 
 
@@ -157,6 +166,28 @@ def test_another_streams_job_is_in_nobodys_way(api: CustomObjectsApi, server: Se
     assert list(server.jobs) == ["other-1", "weekly-1"]
 
 
+def test_of_ended_jobs_the_newest_of_each_outcome_stay(
+    api: CustomObjectsApi, server: Server
+) -> None:
+    by_hand = scheduled()
+    server.jobs["by-hand"] = by_hand
+    by_hand["metadata"] |= {"name": "by-hand", "creationTimestamp": "2020-01-01T00:00:00Z"}
+    set_status(server, "by-hand", "Complete")
+    for tick, status in enumerate(["Complete", "Failed", "Complete", "Failed", "Complete"]):
+        start(api, scheduled(), f"weekly-{tick}", history=2)
+        set_status(server, f"weekly-{tick}", status)
+    assert list(server.jobs) == ["by-hand", *(f"weekly-{tick}" for tick in range(5))]
+    start(api, scheduled(), "weekly-5", history=1)
+    assert list(server.jobs) == ["by-hand", "weekly-3", "weekly-4", "weekly-5"]
+
+
+def test_a_run_under_way_is_never_removed(api: CustomObjectsApi, server: Server) -> None:
+    start(api, scheduled(), "weekly-1")
+    for tick in range(2, 9):
+        start(api, scheduled(), f"weekly-{tick}", history=0)
+    assert list(server.jobs) == ["weekly-1"]
+
+
 def test_a_refusal_fails_the_pod_so_that_it_is_tried_again(
     api: CustomObjectsApi, server: Server
 ) -> None:
@@ -167,6 +198,8 @@ def test_a_refusal_fails_the_pod_so_that_it_is_tried_again(
 
 def test_the_role_allows_what_is_asked_and_no_more(api: CustomObjectsApi, server: Server) -> None:
     start(api, scheduled(), "weekly-1")
+    set_status(server, "weekly-1", "Failed")
+    start(api, scheduled(), "weekly-2", history=0)
     (role,) = [
         item
         for item in manifests_of("CronJob").of_kind("Role")
