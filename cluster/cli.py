@@ -12,7 +12,7 @@ from cluster.commands import register
 
 out = Console()
 app = typer.Typer(
-    help="Run a stream on Kubernetes, under KubeRay.\n\n"
+    help="Run a stream on Kubernetes under KubeRay, or on a Ray cluster (--address).\n\n"
     "The stream's `cluster` section says on what; how many workers there are follows from the stream itself.",
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -84,21 +84,10 @@ class RayJobs:
         assert self.luggage is not None
         for path in self.luggage.expected:
             tell(f"the cluster must have {path}")
-        with (
-            tempfile.TemporaryDirectory(prefix="seekr-submit-") as folder,
-            self._answers() as client,
-        ):
-            env = runtime_env(self.luggage.pack(Path(folder)), grace=self.grace, pip=self.pip)
-            try:
-                client.submit_job(
-                    entrypoint=entrypoint(self.grace),
-                    submission_id=name,
-                    runtime_env=env,
-                    metadata={STREAM_KEY: self.stream, DIGEST_KEY: digest},
-                )
-            except RuntimeError as error:
-                if "already exists" not in str(error):
-                    raise
+        with tempfile.TemporaryDirectory(prefix="seekr-submit-") as folder:
+            packed = self.luggage.pack(Path(folder))
+            env = runtime_env(packed, grace=self.grace, pip=self.pip)
+            if not self._submitted(name, digest, env):
                 tell(f"run {name} was submitted by somebody else just now")
         return self.find(name)
 
@@ -143,6 +132,22 @@ class RayJobs:
         while not (run := self.find(run.name)).over:
             time.sleep(_POLL)
         return run
+
+    def _submitted(self, name: str, digest: str, env: dict[str, Any]) -> bool:
+        """Submit a job; returns False if there is one of the name."""
+        with self._answers() as client:
+            try:
+                client.submit_job(
+                    entrypoint=entrypoint(self.grace),
+                    submission_id=name,
+                    runtime_env=env,
+                    metadata={STREAM_KEY: self.stream, DIGEST_KEY: digest},
+                )
+            except RuntimeError as error:
+                if "already exists" not in str(error):
+                    raise
+                return False
+        return True
 
     def _tail(self, name: str) -> Iterator[tuple[str, int]]:
         """Pieces of a log from its beginning, each with its end's position; ends with the log."""

@@ -40,7 +40,7 @@ def unknown(kind: str, host: str) -> UnknownKind:
         )
     else:
         advice = f"the cluster {host} knows no {kind}; it is too old, or not Kubernetes"
-    return UnknownKind(advice, 404)
+    return UnknownKind(advice)
 
 
 _ADVICE: dict[int, str] = {

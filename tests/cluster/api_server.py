@@ -14,6 +14,7 @@ import json
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -352,4 +353,5 @@ class Handler(BaseHTTPRequestHandler):
 if __name__ == "__main__":
     server = ApiServer()
     print(server.server_port, flush=True)
-    sys.exit(server.serve_forever())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sys.stdin.read()  # ends when whoever has started it does

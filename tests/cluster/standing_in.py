@@ -62,6 +62,7 @@ def api_server() -> Iterator[ApiServerProcess]:
     """Start the server, and end it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.cluster.api_server"],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
