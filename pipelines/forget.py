@@ -20,7 +20,7 @@ from pipelines.forgotten import FOLDER, Request, pending
 from pipelines.inventory import Inventory
 from pipelines.lease import TTL_SECONDS, Lease
 from pipelines.store import TEMPORARY_PREFIX, Store
-from seekr.errors import StoreError
+from seekr.errors import ConfigError, StoreError
 
 _STREAMS: Final = "streams"
 _REPORT: Final = "report.html"
@@ -75,7 +75,9 @@ def forget(
         for request in begun:
             say(f"completing the request {request.id} of {request.at[:10]}, which was stopped")
             reports |= _carry_out(store, request, lease, owner, ttl)
-        if not row_ids:
+        if row_ids:
+            _refuse_arrivals(store)
+        else:
             return Outcome(completed=tuple(begun), plan=None, reports=tuple(sorted(reports)))
         plan = make_plan(Inventory.of(store) if begun else inventory, row_ids, owner, reason)
         if plan.request.rows:
@@ -122,6 +124,17 @@ def _carry_out(store: Store, request: Request, lease: Lease, owner: Owner, ttl: 
     found = _remove_pages(inventory, touched)
     request.end(store)
     return found
+
+
+def _refuse_arrivals(store: Store) -> None:
+    """Refuse what would leave the row behind: copies of arrivals are not taken apart yet."""
+    held = [file.path for file in store.list("streams") if "/arrivals/data/" in file.path]
+    if held:
+        raise ConfigError(
+            f"rows cannot be taken out of copies of what has arrived in an inbox yet, and the store has "
+            f"{len(held)} such files ({held[0]} among them); nothing was changed. Streams with an inbox "
+            "(tasks_from) need a storage of their own until they can"
+        )
 
 
 def _refuse_running(inventory: Inventory, ttl: float) -> None:
