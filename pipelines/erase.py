@@ -17,10 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipelines.artifact import Erasure, StageRecord
 from pipelines.forgotten import Request, without_ids
 from pipelines.inventory import (
@@ -33,6 +29,7 @@ from pipelines.inventory import (
     rows_with,
     scrubbed,
 )
+from pipelines.rewrite import parquet_without
 from pipelines.rowsets import BAD, TEST, TRAIN
 from pipelines.store import Store
 from pipelines.transfer import OutputFile, copy_hashed, drop_copy
@@ -118,25 +115,9 @@ def _file(name: str, path: Path, gone: Sequence[str]) -> _Rewritten:
 
 
 def _write_without(store: Store, path: str, marks: Marks, target: Path) -> None:
-    """Write a Parquet file anew without some rows: the others in their order, and nothing of the old
-    one's statistics."""
+    """Write a Parquet file of a stage anew without some rows."""
     with store.filesystem.open_input_file(store.full_path(path)) as source:
-        file = pq.ParquetFile(source)
-        codec = _codec(file)
-        with pq.ParquetWriter(target, file.schema_arrow, compression=codec) as writer:
-            for index in range(file.num_row_groups):
-                table = file.read_row_group(index)
-                stays = np.ones(table.num_rows, dtype=np.bool_)
-                stays[rows_with(marks, table)] = False
-                writer.write_table(table.filter(pa.array(stays)))
-
-
-def _codec(file: pq.ParquetFile) -> str:
-    metadata = file.metadata
-    if not metadata.num_row_groups or not metadata.num_columns:
-        return "snappy"
-    found = str(metadata.row_group(0).column(0).compression).lower()
-    return "none" if found == "uncompressed" else found
+        parquet_without(source, lambda table, _: rows_with(marks, table), target)
 
 
 def _begun(

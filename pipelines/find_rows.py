@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+from pipelines.arrival_copies import Copy, copies_in
 from pipelines.config import StreamConfig
-from pipelines.forgotten import ForgottenRows, quarantined_id
+from pipelines.forgotten import ForgottenRows, ids_of, quarantined_id
 from pipelines.inventory import (
     QUARANTINE,
     ROW_ID,
@@ -25,8 +27,8 @@ from pipelines.rows import BadRow, Columns, SourceRow
 from pipelines.rowsets import REPLAY
 from pipelines.store import Store
 from seekr.errors import ConfigError
-from seekr.prompts import document_id_of, row_id_of
 
+_ARRIVED = "arrived"
 _TEXTS = (ROW_ID, "input", "references")
 
 
@@ -36,8 +38,8 @@ class FoundRow:
 
     Attributes:
         row_id: what `seekr forget` takes.
-        task, kind: of which rows it is one: train, test, validation, quarantine; or source for a place
-            in a source file.
+        task, kind: of which rows it is one: train, test, validation, quarantine; arrived for one that only
+            the copy of an arrival has; or source for a place in a source file.
         text: its input and answers, or what quarantine has of it.
         replayed: whether the replay memory has it.
         forgotten: the day on which it was forgotten, if it was.
@@ -60,8 +62,13 @@ def find_text(store: Store, text: str) -> list[FoundRow]:
     inventory = Inventory.of(store)
     replayed = _replayed(inventory)
     wanted = text.casefold()
-    found = {
-        (row_id, task, kind): FoundRow(
+    found: dict[tuple[str, str, str], FoundRow] = {}
+    ingested: set[tuple[str, str]] = set()
+    for row_id, task, kind, said in chain(_all_rows(inventory), _arrived(inventory)):
+        if wanted not in said.casefold() or (kind == _ARRIVED and (row_id, task) in ingested):
+            continue
+        ingested.add((row_id, task))
+        found[row_id, task, kind] = FoundRow(
             row_id=row_id,
             task=task,
             kind=kind,
@@ -69,9 +76,6 @@ def find_text(store: Store, text: str) -> list[FoundRow]:
             replayed=row_id in replayed,
             forgotten=None,
         )
-        for row_id, task, kind, said in _all_rows(inventory)
-        if wanted in said.casefold()
-    }
     return [found[place] for place in sorted(found, key=lambda place: (place[1:], place[0]))]
 
 
@@ -88,25 +92,29 @@ def find_place(store: Store, config: StreamConfig, place: str) -> list[FoundRow]
     name, _, number = place.rpartition(":")
     if not name or not number.isdigit():
         raise ConfigError(f"--at {place}: FILE:LINE is needed, such as data/train.jsonl:17")
-    forgotten = ForgottenRows.load(store)
-    replayed = _replayed(Inventory.of(store))
+    forgotten, inventory = ForgottenRows.load(store), Inventory.of(store)
+    copies = [copy for copy in copies_in(inventory) if copy.stream == config.name]
+    replayed = _replayed(inventory)
     found: list[FoundRow] = []
-    for task, row in _at(config, name.removeprefix("./"), int(number)):
-        row_id, text = _identity(row)
+    file, line = name.removeprefix("./"), int(number)
+    for task, row in chain(_at(config, file, line), _delivered_at(copies, file, line)):
+        row_id = ids_of(row)[0]
         found.append(
             FoundRow(
                 row_id=row_id,
                 task=task,
                 kind="quarantine" if isinstance(row, BadRow) else "source",
-                text=text,
+                text=_text(row),
                 replayed=row_id in replayed,
                 forgotten=forgotten.day_of(row_id),
             )
         )
     if not found:
+        sources = [source for _, source, _ in _sources(config)]
+        sources += [copy.arrival.place for copy in copies]
         raise ConfigError(
             f"--at {place}: no source of the stream has this line; its sources are "
-            f"{', '.join(dict.fromkeys(source for _, source, _ in _sources(config)))}"
+            f"{', '.join(dict.fromkeys(sources))}"
         )
     return found
 
@@ -130,6 +138,13 @@ def _all_rows(inventory: Inventory) -> Iterator[tuple[str, str, str, str]]:
             for entry in inventory.store.read_json(f"{key}/{QUARANTINE}"):
                 if "text" in entry:
                     yield quarantined_id(entry["text"]), record.task, "quarantine", entry["text"]
+
+
+def _arrived(inventory: Inventory) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the same of the rows that copies of arrivals have."""
+    for copy in copies_in(inventory):
+        for row in (row for part in copy.arrival.parts for row in copy.rows(part)):
+            yield ids_of(row)[0], copy.arrival.name, _ARRIVED, _text(row)
 
 
 def _replayed(inventory: Inventory) -> set[str]:
@@ -158,11 +173,19 @@ def _at(config: StreamConfig, file: str, line: int) -> Iterator[tuple[str, Sourc
                 yield task, row
 
 
-def _identity(row: SourceRow | BadRow) -> tuple[str, str]:
-    """Return the id that ingest gives a source's row, and its text."""
+def _delivered_at(
+    copies: Sequence[Copy], file: str, line: int
+) -> Iterator[tuple[str, SourceRow | BadRow]]:
+    """Yield (task, row) of what has arrived, by the file's path in the inbox."""
+    for copy in copies:
+        for row in (row for part in copy.arrival.parts for row in copy.rows(part)):
+            if row.line == line and f"/{copy.delivered_as(row.file)}".endswith(
+                f"/{file.lstrip('/')}"
+            ):
+                yield copy.arrival.name, row
+
+
+def _text(row: SourceRow | BadRow) -> str:
     if isinstance(row, BadRow):
-        return quarantined_id(row.text), row.text
-    texts: Sequence[str] = [text for text in (row.input, *row.references) if text]
-    if not row.input:
-        return document_id_of(row.references[0], row.focus), " -> ".join(texts)
-    return row_id_of(row.input, row.references, row.definition), " -> ".join(texts)
+        return row.text
+    return " -> ".join(text for text in (row.input, *row.references) if text)

@@ -1,18 +1,22 @@
 """Forgetting: some rows are taken out of every file of a store, recorded, and the models marked.
 
 The steps are ordered so that a call killed anywhere can be repeated. A request is written first; from
-then on no stage begins, and none is running, since each side writes before it looks at the other. Then
-artifacts change one after the other, each under its lease, then pages that may show a row are removed,
-then the request is marked as carried out. Whoever calls next completes what was begun.
+then on no stage begins, and none is running, since each side writes before it looks at the other; nor
+does a tick take anything in. Then the copies of arrivals and the artifacts change one after the other,
+each under its lease, then pages that may show a row are removed, then the request is marked as carried
+out. Whoever calls next completes what was begun.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
+from pipelines.arrival_copies import shorten_copies, streams_with_arrivals
+from pipelines.arrivals import tick_folder
 from pipelines.claims import Owner
 from pipelines.erase import clear_unfinished, erase
 from pipelines.forget_plan import Plan, make_plan
@@ -20,7 +24,7 @@ from pipelines.forgotten import FOLDER, Request, pending
 from pipelines.inventory import Inventory
 from pipelines.lease import TTL_SECONDS, Lease
 from pipelines.store import TEMPORARY_PREFIX, Store
-from seekr.errors import ConfigError, StoreError
+from seekr.errors import StoreError
 
 _STREAMS: Final = "streams"
 _REPORT: Final = "report.html"
@@ -67,17 +71,16 @@ def forget(
     """
     owner = _owner()
     say = tell or _nobody
-    with Lease(store, FOLDER, ttl=ttl, owner=owner) as lease:
+    with Lease(store, FOLDER, ttl=ttl, owner=owner) as lease, ExitStack() as stack:
         inventory = Inventory.of(store)
         _refuse_running(inventory, ttl)
+        ticks = stack.enter_context(_no_ticks(inventory, owner, ttl))
         begun = pending(store)
         reports: set[str] = set()
         for request in begun:
             say(f"completing the request {request.id} of {request.at[:10]}, which was stopped")
-            reports |= _carry_out(store, request, lease, owner, ttl)
-        if row_ids:
-            _refuse_arrivals(store)
-        else:
+            reports |= _carry_out(store, request, lease, ticks, owner, ttl)
+        if not row_ids:
             return Outcome(completed=tuple(begun), plan=None, reports=tuple(sorted(reports)))
         plan = make_plan(Inventory.of(store) if begun else inventory, row_ids, owner, reason)
         if plan.request.rows:
@@ -90,7 +93,7 @@ def forget(
                     plan.request.withdraw(store)
                 raise
             say(f"taking rows out of {len(plan.request.erased)} artifacts")
-            reports |= _carry_out(store, plan.request, lease, owner, ttl)
+            reports |= _carry_out(store, plan.request, lease, ticks, owner, ttl)
         return Outcome(completed=tuple(begun), plan=plan, reports=tuple(sorted(reports)))
 
 
@@ -103,9 +106,19 @@ def look_up(store: Store, row_ids: Sequence[str], reason: str | None = None) -> 
     return make_plan(Inventory.of(store), row_ids, _owner(), reason)
 
 
-def _carry_out(store: Store, request: Request, lease: Lease, owner: Owner, ttl: float) -> set[str]:
+def _carry_out(
+    store: Store,
+    request: Request,
+    lease: Lease,
+    ticks: Mapping[str, Lease],
+    owner: Owner,
+    ttl: float,
+) -> set[str]:
     """Do what a request says; returns streams whose reports were removed."""
     inventory = Inventory.of(store)
+    for stream, tick in ticks.items():
+        lease.check()
+        shorten_copies(inventory, stream, request, tick)
     touched = {*request.erased, *request.learnt}
     for key in inventory.records:
         litter = inventory.litter(key)
@@ -126,15 +139,22 @@ def _carry_out(store: Store, request: Request, lease: Lease, owner: Owner, ttl: 
     return found
 
 
-def _refuse_arrivals(store: Store) -> None:
-    """Refuse what would leave the row behind: copies of arrivals are not taken apart yet."""
-    held = [file.path for file in store.list("streams") if "/arrivals/data/" in file.path]
-    if held:
-        raise ConfigError(
-            f"rows cannot be taken out of copies of what has arrived in an inbox yet, and the store has "
-            f"{len(held)} such files ({held[0]} among them); nothing was changed. Streams with an inbox "
-            "(tasks_from) need a storage of their own until they can"
+@contextmanager
+def _no_ticks(inventory: Inventory, owner: Owner, ttl: float) -> Iterator[Mapping[str, Lease]]:
+    """Be the only tick of every stream of which something has arrived; provides the leases by stream."""
+
+    def busy(other: Owner) -> None:
+        raise StoreError(
+            f"{inventory.store.location.shown}: a tick is at work ({other}), which takes in rows. Nothing "
+            "was changed. Let it end, then repeat the command"
         )
+
+    with ExitStack() as stack:
+        leases = {
+            name: Lease(inventory.store, tick_folder(name), ttl=ttl, owner=owner, on_wait=busy)
+            for name in streams_with_arrivals(inventory)
+        }
+        yield {name: stack.enter_context(lease) for name, lease in leases.items()}
 
 
 def _refuse_running(inventory: Inventory, ttl: float) -> None:

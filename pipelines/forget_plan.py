@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import uuid4
 
+from pipelines.arrival_copies import copies_in
 from pipelines.claims import Owner
 from pipelines.derived_rows import derived_from
 from pipelines.forgotten import ForgottenRows, Request, mark_of, without_ids
@@ -70,11 +71,12 @@ def make_plan(
     """Look up what forgetting rows touches; changes nothing.
 
     Raises:
-        ConfigError: an id is of no row in the store.
+        ConfigError: an id is of no row in the store, or a task that has arrived would lose all rows.
         StoreError: a file cannot be read.
     """
     wanted = {mark_of(row_id): row_id for row_id in row_ids}
-    found = _present(inventory, frozenset(wanted))
+    copied = _copied(inventory, frozenset(wanted))
+    found = _present(inventory, frozenset(wanted)) | _held(copied)
     known = ForgottenRows.load(inventory.store)
     already = {
         row_id: known.dates[mark]
@@ -97,7 +99,8 @@ def make_plan(
         rows=tuple(sorted(found)),
         derived=tuple(sorted(derived)),
         learnt=_learnt(inventory, hits),
-        erased={key: said.get(key, 0) + _num(hits.get(key, {})) for key in sorted({*hits, *said})},
+        erased={key: said.get(key, 0) + _num(hits.get(key, {})) for key in sorted({*hits, *said})}
+        | {folder: _num(files) for folder, files in copied.items()},
         begin_again=tuple(
             key for key in inventory.unfinished if found and _begins(inventory, key, hits)
         ),
@@ -108,9 +111,34 @@ def make_plan(
 
 def _present(inventory: Inventory, wanted: Marks) -> Marks:
     """Return the marks of rows that some file holds."""
-    hits = _hits(inventory, wanted)
-    held = {mark for files in hits.values() for found in files.values() for mark in found}
-    return frozenset(held | (quarantined_marks(inventory) & wanted))
+    return _held(_hits(inventory, wanted)) | (quarantined_marks(inventory) & wanted)
+
+
+def _held(hits: Hits) -> Marks:
+    return frozenset(mark for files in hits.values() for found in files.values() for mark in found)
+
+
+def _copied(inventory: Inventory, wanted: Marks) -> Hits:
+    """Return the rows that copies of arrivals hold, by the copy's folder and its parts.
+
+    Raises:
+        ConfigError: a task of a stream would be left without rows.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for copy in copies_in(inventory):
+        hits = copy.marks_in(wanted)
+        if not hits:
+            continue
+        found[copy.folder] = hits
+        empty = copy.emptied(wanted) if copy.is_task else None
+        if empty is not None:
+            name, stream = copy.arrival.name, copy.stream
+            raise ConfigError(
+                f"the task {name} of stream {stream} arrived with these {empty} rows alone, and a task needs "
+                "one; nothing was changed. Take it out of the stream first: seekr withdraw STREAM "
+                f"{name} --reason TEXT, then repeat the command"
+            )
+    return found
 
 
 def _hits(inventory: Inventory, marks: Marks) -> dict[str, dict[str, list[str]]]:

@@ -22,11 +22,11 @@ from pyarrow.dataset import field as column
 from ray.data import Dataset, SaveMode
 
 from pipelines.config import StreamConfig
-from pipelines.forgotten import ForgottenRows, quarantined_id
+from pipelines.forgotten import ForgottenRows
 from pipelines.inspection import inspect
 from pipelines.monitor import Reporter
 from pipelines.readers import read_rows as read_source_rows
-from pipelines.rows import BadRow, Columns, SourceRow
+from pipelines.rows import EXCERPT_CHARS, BadRow, Columns, SourceRow
 from pipelines.rowsets import BAD, FOCUS, ROWS, TEST, TRAIN, VALIDATION, smallest
 from pipelines.sources import SourceFile, list_files
 from pipelines.stage import StageOutcome
@@ -110,14 +110,7 @@ class _Encoder:
         for row in read_source_rows(file, _columns(self._settings, item["kind"])):
             record = _bad(row) if isinstance(row, BadRow) else self._encoded(row, item["kind"])
             record = {"kind": item["kind"]} | record
-            yield _nothing_of(record) if self._is_forgotten(record) else record
-
-    def _is_forgotten(self, record: dict[str, Any]) -> bool:
-        """Tell whether a row was forgotten: a good one, one without a place, or one in quarantine."""
-        if record["kind"] != BAD:
-            return self._forgotten.holds(record["row_id"])
-        named = self._forgotten.mentioned(record["reason"])
-        return named or self._forgotten.holds(quarantined_id(record["text"]))
+            yield _nothing_of(record) if self._forgotten.has(row) else record
 
     def _encoded(self, row: SourceRow, kind: str) -> dict[str, Any]:
         settings = self._settings
@@ -135,7 +128,7 @@ class _Encoder:
                 truncate=settings["truncate"],
             )
         except DataError as error:
-            text = row.input[:200]
+            text = row.input[:EXCERPT_CHARS]
             return _bad(BadRow(file=row.file, line=row.line, reason=str(error), text=text))
         return encoded.to_record() | {name: None for name in _REASON}
 

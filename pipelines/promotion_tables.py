@@ -16,6 +16,7 @@ from pipelines.decisions import Check, Decision, Decisions
 
 _COLOURS = {
     "accepted": "green", "duplicate": "cyan", "quarantined": "red", "withdrawn": "magenta",
+    "erased": "yellow",
     "promoted": "green", "held back": "yellow", "rolled back": "magenta",
 }  # fmt: skip
 _MARKS = {True: ("holds", "green"), False: ("fails", "red"), None: ("not applied", "cyan")}
@@ -93,6 +94,8 @@ def told_of(
         if item.verdict == "accepted" and item.name in tasks:
             noted = f"arrival {item.number}, {moment(item.noted_at)}"
             yield f"{item.name} arrived from {item.place} ({noted})"
+        if item.verdict == "erased" and item.name in tasks:
+            yield f"{item.name}: {item.reason}"
     for item in decisions.about(model):
         words = item.verdict if item.model == model else f"no longer the champion, {item.kind}"
         yield f"{moment(item.at)} {words}: {item.reason}"

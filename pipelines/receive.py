@@ -12,17 +12,19 @@ one tries again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 
-from pipelines.arrivals import NOT_OPTIONS, Arrival, Register, names_of, task_of
+from pipelines.arrival_copies import Part, ShortCopy, written_without
+from pipelines.arrivals import NOT_OPTIONS, Arrival, LeftOut, Register, names_of, task_of
 from pipelines.config import StreamConfig
 from pipelines.data_config import TaskConfig
 from pipelines.fingerprint import fingerprint
+from pipelines.forgotten import ForgottenRows
 from pipelines.inbox import OPTIONS, Delivery, InboxFile, look
 from pipelines.inspection import SourceReport, inspect
 from pipelines.lease import Lease
@@ -86,7 +88,9 @@ def take_in(
     whole = [item for item in new if not item.waits_for]
     if not whole:
         return Taken(waiting=tuple(waiting))
-    facts = survey(stream)  # what is wrong with the stream is no delivery's fault
+    facts = survey(
+        stream, register.as_delivered
+    )  # what is wrong with the stream is no delivery's fault
     own = {facts.tasks[task.name].train.digest: task.name for task in config.tasks}
     entered: list[Arrival] = []
     for item in whole:
@@ -141,7 +145,7 @@ class _Judge:
             return replace(self._entry, reason=str(error))
 
     def _accepted(self) -> Arrival:
-        delivery, store = self._delivery, self._register.store
+        delivery = self._delivery
         parts = {name: part for name in ("train", "test") if (part := delivery.part(name))}
         if "train" not in parts:
             raise _Refused(
@@ -157,9 +161,8 @@ class _Judge:
             self._require_good(name, report)
         self._survey(task)
         digests = {name: report.digest for name, report in reports.items()}
-        folder = f"{self._register.folder}/data/{fingerprint(digests)}"
-        copies = {name: _copy(delivery, name, part, store, folder) for name, part in parts.items()}
-        self._check_copies(task, folder, copies, digests)
+        copies = {name: _name_in_copy(delivery, name, part) for name, part in parts.items()}
+        folder, left_out = self._copied(task, parts, copies, reports)
         return replace(
             self._entry,
             verdict="accepted",
@@ -169,14 +172,61 @@ class _Judge:
             folder=folder,
             train=copies["train"],
             test=copies.get("test"),
+            columns=asdict(self._columns(task, "train")),
+            left_out=left_out,
             options=options,
             behind=names_of(self._config.tasks),
         )
 
-    def _read(self, task: TaskConfig, part: str) -> SourceReport:
+    def _columns(self, task: TaskConfig, part: str) -> Columns:
         columns = Columns(**self._config.options(task).columns.model_dump())
-        columns = columns if part == "train" else columns.of_questions
-        return inspect(getattr(task, part), columns, cache_dir=cache_folder() / "sources")
+        return columns if part == "train" else columns.of_questions
+
+    def _read(self, task: TaskConfig, part: str) -> SourceReport:
+        source = getattr(task, part)
+        return inspect(source, self._columns(task, part), cache_dir=cache_folder() / "sources")
+
+    def _copied(
+        self,
+        task: TaskConfig,
+        parts: Mapping[str, Sequence[InboxFile]],
+        copies: Mapping[str, str],
+        reports: Mapping[str, SourceReport],
+    ) -> tuple[str, Mapping[str, LeftOut]]:
+        """Copy a delivery into the store, but for rows that the store has forgotten.
+
+        Args:
+            copies: the file or folder of each part below the copy's folder.
+
+        Returns:
+            The folder, and what parts lack.
+        """
+        delivery, store = self._delivery, self._register.store
+        forgotten = ForgottenRows.load(store)
+        if forgotten.dates:
+            wanted = {
+                part: Part(
+                    source=getattr(task, part),
+                    name=name,
+                    readings=(self._columns(task, part),),
+                )
+                for part, name in copies.items()
+            }
+            with written_without(wanted, forgotten.has) as short:
+                self._require_left(short, reports)
+                if short.lacking:
+                    return short.place(self._register), short.lacking
+        digests = {name: report.digest for name, report in reports.items()}
+        folder = f"{self._register.folder}/data/{fingerprint(digests)}"
+        for name, part in parts.items():
+            _copy(delivery, copies[name], part, store, folder)
+        self._check_copies(task, folder, copies, digests)
+        return folder, {}
+
+    def _require_left(self, short: ShortCopy, reports: Mapping[str, SourceReport]) -> None:
+        for part, lacks in short.lacking.items():
+            if lacks.rows == reports[part].num_rows:
+                raise _Refused(f"all {lacks.rows} usable {part} rows of it were forgotten")
 
     def _require_new(self, digest: str) -> None:
         known = self._register.with_digest(digest)
@@ -211,10 +261,14 @@ class _Judge:
         except ValueError as error:
             hint = "; a folder may hold test.jsonl beside train.jsonl" if task.test is None else ""
             raise _Refused(f"{error}{hint}") from None
-        survey(longer)
+        survey(longer, self._register.as_delivered)
 
     def _check_copies(
-        self, task: TaskConfig, folder: str, copies: dict[str, str], digests: dict[str, str]
+        self,
+        task: TaskConfig,
+        folder: str,
+        copies: Mapping[str, str],
+        digests: Mapping[str, str],
     ) -> None:
         """See that what was copied is what was judged."""
         store = self._register.store
@@ -250,22 +304,25 @@ def _options(delivery: Delivery) -> dict[str, Any]:
     return values
 
 
+def _name_in_copy(delivery: Delivery, name: str, part: Sequence[InboxFile]) -> str:
+    """Return the file or folder of `train` or `test` below a copy's folder."""
+    first = part[0]
+    if first.path == delivery.path:  # a single file is called as it would be in a folder
+        return f"{name}{PurePosixPath(first.path).suffix}"
+    return delivery.inside(first).partition("/")[0]
+
+
 def _copy(
-    delivery: Delivery, name: str, part: Iterable[InboxFile], store: Store, folder: str
-) -> str:
-    """Copy `train` or `test` into the store; returns the file or folder below `folder` to be read."""
-    top = ""
+    delivery: Delivery, name: str, part: Sequence[InboxFile], store: Store, folder: str
+) -> None:
+    """Copy `train` or `test` into the store."""
     for file in part:
-        inside = delivery.inside(file)
-        if file.path == delivery.path:  # a single file is called as it would be in a folder
-            inside = f"{name}{PurePosixPath(file.path).suffix}"
+        inside = name if file.path == delivery.path else delivery.inside(file)
         try:
             with delivery.open(file) as stream:
                 store.receive(stream, folder, inside)
         except FileNotFoundError:
             raise _Changed from None
-        top = inside.partition("/")[0]
-    return top
 
 
 def _require_unchanged(config: StreamConfig, delivery: Delivery) -> None:

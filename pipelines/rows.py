@@ -236,9 +236,9 @@ def _document(row: dict[str, Any], column: str, focus: str | None) -> tuple[str,
     if focus is None:
         return text, ()
     parts = _references(row, focus)
-    absent = next((part for part in parts if part not in text), None)
-    if absent is not None:
-        raise _RowProblem(f"{absent[:40]!r} (column {focus!r}) is not in the document")
+    absent = next((n for n, part in enumerate(parts, 1) if part not in text), None)
+    if absent is not None:  # told by its number: reasons are kept where rows must not be
+        raise _RowProblem(f"part {absent} of column {focus!r} is not in the document")
     return text, parts
 
 

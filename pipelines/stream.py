@@ -20,6 +20,7 @@ from pipelines.config import StreamConfig
 from pipelines.decisions import DecisionLog
 from pipelines.gate import decide
 from pipelines.graph import build_graph
+from pipelines.inspection import as_is
 from pipelines.interrupts import Interrupted, Interrupts
 from pipelines.job import Job
 from pipelines.lease import release_all
@@ -92,9 +93,7 @@ def open_stream(
         register = Register(open_storage(config, writable=False), config.name)
         config = register.extend(config)
         _require_tasks(path, config)
-    facts = survey(config)
-    if register is not None:
-        register.check_copies(facts.digests())
+    facts = survey(config, as_is if register is None else register.as_delivered)
     stages = build_graph(config, facts)
     store = open_storage(config, writable=writable)
     arrivals = register.entries if register is not None else ()

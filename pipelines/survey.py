@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from pipelines.config import StreamConfig
 from pipelines.data_config import DataConfig, TaskConfig
 from pipelines.fingerprint import canonical_json, file_digest, fingerprint, folder_digest
-from pipelines.inspection import SourceReport, inspect, require_good
+from pipelines.inspection import SourceReport, TakenFor, as_is, inspect, require_good
 from pipelines.labels import REVIEW
 from pipelines.model_folder import read_model_config, read_tokenizer
 from pipelines.pool_config import GeneralConfig
@@ -75,16 +75,12 @@ class Facts:
     weighing: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
     warnings: tuple[str, ...] = ()
 
-    def digests(self) -> dict[str, tuple[str, str | None]]:
-        """Return the digests of training and test rows by task; None where there are no test rows."""
-        return {
-            name: (task.train.digest, None if task.test is None else task.test.digest)
-            for name, task in self.tasks.items()
-        }
 
-
-def survey(config: StreamConfig) -> Facts:
+def survey(config: StreamConfig, taken_for: TakenFor = as_is) -> Facts:
     """Look at everything a stream names and check that it fits together.
+
+    Args:
+        taken_for: what a source counts as, given a task, train or test, and what the source holds.
 
     Raises:
         ConfigError, DataError: with all problems found, one after the other.
@@ -103,7 +99,7 @@ def survey(config: StreamConfig) -> Facts:
         problems.collect(check)
     facts: dict[str, TaskFacts] = {}
     for task in config.sources:
-        look = _TaskLook(config, task, problems)
+        look = _TaskLook(config, task, problems, taken_for)
         if model:
             problems.collect(lambda look=look: look.check_length(model))
         found = look.facts()
@@ -229,8 +225,11 @@ def _training_checks(config: StreamConfig, folder: Path | None) -> Iterator[Call
 class _TaskLook:
     """One task's sources and options, looked at."""
 
-    def __init__(self, config: StreamConfig, task: TaskConfig, problems: _Problems) -> None:
+    def __init__(
+        self, config: StreamConfig, task: TaskConfig, problems: _Problems, taken_for: TakenFor
+    ) -> None:
         self._config, self._task, self._problems = config, task, problems
+        self._taken_for = taken_for
         self._options = config.options(task)
         columns = Columns(**self._options.columns.model_dump())
         self._columns = {"train": columns, "test": columns.of_questions}
@@ -305,6 +304,7 @@ class _TaskLook:
             )
         except DataError as error:
             raise DataError(f"{what}: {error}") from error
+        report = self._taken_for(self._task.name, part, report)
         require_good(report, self._options.max_bad_share, what)
         return report
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.alerts import Teller
-from pipelines.arrivals import Arrival, Register
+from pipelines.arrivals import Arrival, Register, tick_folder
 from pipelines.claims import Owner
 from pipelines.config import StreamConfig
 from pipelines.decisions import DecisionLog
@@ -88,7 +88,7 @@ def run_tick(
         return open_stream(path, overrides, writable=True)
 
     try:
-        with Lease(store, lease_folder(config), on_wait=busy) as lease:
+        with Lease(store, tick_folder(config.name), on_wait=busy) as lease:
             teller.begin()
             try:
                 return _tick(
@@ -122,13 +122,8 @@ def withdraw_task(
     def wait(owner: Owner) -> None:
         warn(f"waiting for another tick of {config.name} ({owner})")
 
-    with Lease(store, lease_folder(config), on_wait=wait) as lease:
+    with Lease(store, tick_folder(config.name), on_wait=wait) as lease:
         return Register(store, config.name).withdraw(task, reason.strip(), lease)
-
-
-def lease_folder(config: StreamConfig) -> str:
-    """Return whose lease a stream's only tick holds, relative to the store's root."""
-    return f"streams/{config.name}/tick"
 
 
 def _tick(

@@ -117,7 +117,7 @@ MISSING = {
     ),
     "the focus": (
         "data.columns.focus=uuid",
-        "(column 'uuid') is not in the document",
+        "part 1 of column 'uuid' is not in the document",
         "one.jsonl:1",
     ),
     "a document that is too long": (

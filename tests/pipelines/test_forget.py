@@ -299,15 +299,6 @@ def test_an_unknown_id_is_named_and_nothing_is_changed(disk: Store) -> None:
     assert contents(disk) == before
 
 
-def test_copies_of_arrivals_are_refused_and_nothing_is_changed(disk: Store) -> None:
-    commit_store(disk)
-    disk.write_json("streams/weekly/arrivals/data/0123/train.jsonl", {"input": "a"})
-    before = contents(disk)
-    with pytest.raises(ConfigError, match="weekly/arrivals/data"):
-        forget(disk, IDS)
-    assert contents(disk) == before
-
-
 def test_looking_changes_nothing_and_says_what_will_happen(disk: Store) -> None:
     done = commit_store(disk)
     keys = leave_unfinished(disk, done)

@@ -20,6 +20,7 @@ from pipelines.decisions import DecisionLog
 from pipelines.stream import open_stream, records_of
 from pipelines.watching import Watcher
 from tests.pipelines.inboxes import Arriving, arriving
+from tests.pipelines.remembered import forms
 from tests.pipelines.running import shared_cluster
 from tests.pipelines.streams import make_stream
 from tests.pipelines.webhook_server import WebhookServer, webhook_server
@@ -173,6 +174,7 @@ def test_five_ticks_with_a_malformed_a_duplicate_an_overlap_a_model_that_forgot_
     code, said = call("tick", stream.path)
     assert code == 0 and server.events[-3:] == ["promoted"] * 3, "told by the next tick"
     assert aliases(stream)["champion"] == "alpha", "the gate undoes nothing"
+    forget_a_row(stream, call)
 
 
 def by_hand(stream: Arriving, call: Call) -> None:
@@ -205,6 +207,35 @@ def by_hand(stream: Arriving, call: Call) -> None:
     client.delete_registered_model_alias("small", "champion")
     assert call("lineage", stream.path, "--rebuild")[0] == 0
     assert aliases(stream) == {"champion": "alpha", "newest": "delta"}
+
+
+def forget_a_row(stream: Arriving, call: Call) -> None:
+    """No byte of the store has it afterwards, lineage says so, and nothing is learnt again."""
+    found = json.loads(call("rows", stream.path, "--find", "alpha ", "--json")[1])["rows"]
+    row = next(row for row in found if row["kind"] == "train")
+    secrets = [row["row_id"].encode(), row["text"].partition(": ")[0].encode()]
+
+    def holding() -> set[str]:
+        return {
+            file.path.partition("/")[0]
+            for file in stream.store.list_all()
+            for form in forms(file.path, stream.store.read_bytes(file.path))
+            if any(secret in form for secret in secrets)
+        }
+
+    assert holding() == {"ingest", "streams"}
+    before = trained(stream)
+    code, said = call("forget", stream.path, row["row_id"], "--yes", "--reason", "asked")
+    assert code == 0, said
+    assert holding() == set()
+    said = " ".join(call("lineage", stream.path, "champion")[1].split())
+    assert "trained on 1 row forgotten on" in said
+    assert "alpha: 1 row of the copy forgotten on" in said
+    code, said = call("tick", stream.path)
+    assert code == 0 and "nothing new: 4 tasks, all of them learnt" in said
+    assert trained(stream) == before and holding() == set()
+    page = stream.store.read_bytes("streams/small/report.html").decode()
+    assert "Rows forgotten" in page and "erased" in page
 
 
 def tick_elsewhere(stream: Arriving) -> tuple[int, str]:
