@@ -177,8 +177,9 @@ def _show(plan: Any, completed: Sequence[str], as_json: bool, verb: str) -> None
         for column in ("stage", "task", "fingerprint", ""):
             table.add_column(column)
         for key, words in plan.stages.items():
-            name, task, fingerprint = key.split("/")
-            table.add_row(name, task, fingerprint[:12], words)
+            copied = plan.copies.get(key)
+            place = key.split("/") if copied is None else ["arrived", copied, key.split("/")[-1]]
+            table.add_row(place[0], place[1], place[2][:12], words)
         count = f"{plan.num_rows} row{'' if plan.num_rows == 1 else 's'}"
         more = f", {len(plan.request.derived)} made of them" if plan.request.derived else ""
         end = f"{count}{more}; models trained on them: {len(plan.request.learnt)}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import uuid4
 
-from pipelines.arrival_copies import copies_in
+from pipelines.arrival_copies import Copy, copies_in
 from pipelines.claims import Owner
 from pipelines.derived_rows import derived_from
 from pipelines.forgotten import ForgottenRows, Request, mark_of, without_ids
@@ -43,11 +43,13 @@ class Plan:
     Attributes:
         already: ids that an earlier request names and no file holds, with that request's day.
         descendants: keys of models that grew from one that was trained on the rows.
+        copies: the tasks as which copies with the rows arrived, by the copy's folder.
     """
 
     request: Request
     already: Mapping[str, str]
     descendants: tuple[str, ...]
+    copies: Mapping[str, str]
 
     @property
     def num_rows(self) -> int:
@@ -56,7 +58,7 @@ class Plan:
 
     @property
     def stages(self) -> dict[str, str]:
-        """What becomes of an artifact, a model or an unfinished stage, in words, by its key."""
+        """What becomes of an artifact, a copy, a model or an unfinished stage, in words, by its key."""
         request = self.request
         words = {key: f"{_rows(count)} erased" for key, count in request.erased.items()}
         for key, marks in request.learnt.items():
@@ -75,7 +77,8 @@ def make_plan(
         StoreError: a file cannot be read.
     """
     wanted = {mark_of(row_id): row_id for row_id in row_ids}
-    copied = _copied(inventory, frozenset(wanted))
+    held = _copies_with(inventory, frozenset(wanted))
+    copied = {copy.folder: hits for copy, hits in held}
     found = _present(inventory, frozenset(wanted)) | _held(copied)
     known = ForgottenRows.load(inventory.store)
     already = {
@@ -106,7 +109,8 @@ def make_plan(
         ),
     )
     grown = _descendants(inventory, request)
-    return Plan(request=request, already=already, descendants=grown)
+    names = {copy.folder: copy.arrival.name for copy, _ in held}
+    return Plan(request=request, already=already, descendants=grown, copies=names)
 
 
 def _present(inventory: Inventory, wanted: Marks) -> Marks:
@@ -118,25 +122,27 @@ def _held(hits: Hits) -> Marks:
     return frozenset(mark for files in hits.values() for found in files.values() for mark in found)
 
 
-def _copied(inventory: Inventory, wanted: Marks) -> Hits:
-    """Return the rows that copies of arrivals hold, by the copy's folder and its parts.
+def _copies_with(
+    inventory: Inventory, wanted: Marks
+) -> list[tuple[Copy, Mapping[str, Sequence[str]]]]:
+    """Return the copies of arrivals that hold rows, and which rows, by the copy's parts.
 
     Raises:
         ConfigError: a task of a stream would be left without rows.
     """
-    found: dict[str, dict[str, list[str]]] = {}
+    found: list[tuple[Copy, Mapping[str, Sequence[str]]]] = []
     for copy in copies_in(inventory):
         hits = copy.marks_in(wanted)
         if not hits:
             continue
-        found[copy.folder] = hits
+        found.append((copy, hits))
         empty = copy.emptied(wanted) if copy.is_task else None
         if empty is not None:
-            name, stream = copy.arrival.name, copy.stream
+            name = copy.arrival.name
             raise ConfigError(
-                f"the task {name} of stream {stream} arrived with these {empty} rows alone, and a task needs "
-                "one; nothing was changed. Take it out of the stream first: seekr withdraw STREAM "
-                f"{name} --reason TEXT, then repeat the command"
+                f"the task {name} of stream {copy.stream} arrived with these {empty} rows alone, and a "
+                "task needs one; nothing was changed. Take it out of the stream first: seekr withdraw "
+                f"STREAM {name} --reason TEXT, then repeat the command"
             )
     return found
 
