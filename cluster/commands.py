@@ -78,7 +78,8 @@ def submit(
     """Start a run of a stream on a cluster, unless one is under way or has done the same.
 
     Safe to repeat. With --wait its log is printed to the end; Ctrl-C then leaves the run alone. Exit codes:
-    0 done, 1 failed, 2 wrong usage or configuration, 130 or 143 stopped.
+    0 done, 1 failed, 2 wrong usage or configuration, 3 done and the gate held the newest model back, 130 or
+    143 stopped.
 
     Example: seekr cluster submit stream.yaml --wait
     """

@@ -77,7 +77,7 @@ class RayJobs:
     def runs(self) -> list[Run]:
         with self._answers() as client:
             jobs = client.list_jobs()
-        mine = [_run(job) for job in jobs if (job.metadata or {}).get(STREAM_KEY) == self.stream]
+        mine = [run_of(job) for job in jobs if (job.metadata or {}).get(STREAM_KEY) == self.stream]
         return sorted(mine, key=lambda run: run.submitted or datetime.min.replace(tzinfo=UTC))
 
     def start(self, name: str, digest: str, tell: Tell) -> Run:
@@ -93,7 +93,7 @@ class RayJobs:
 
     def find(self, name: str) -> Run:
         with self._answers() as client:
-            return _run(client.get_job_info(name))
+            return run_of(client.get_job_info(name))
 
     def logs(self, run: Run, *, follow: bool, tell: Tell) -> Iterator[str]:
         if not follow:
@@ -274,7 +274,8 @@ def check_cluster(address: str, token: SecretStr | None) -> None:
         )
 
 
-def _run(job: JobDetails) -> Run:
+def run_of(job: JobDetails) -> Run:
+    """Return a job of the cluster as a run."""
     data = job.metadata or {}
     status = str(job.status)
     run = Run(

@@ -82,10 +82,12 @@ class Scene:
     def command(self) -> str:
         """What runs on the head, without a character that a shell would read, as two of them do.
 
-        A stream with an inbox takes in first what has arrived.
+        A stream with an inbox takes in first what has arrived. One with a gate ends with 0 also where that
+        has held the newest model back: the operator would try it again on a new cluster.
         """
         verb = "run" if self.config.tasks_from is None else "tick"
-        return f"seekr {verb} {STREAM_FILE}"
+        gated = "" if self.config.gate is None else " --held-back-ok"
+        return f"seekr {verb} {STREAM_FILE}{gated}"
 
     def host(self, part: str) -> str:
         """Return the name by which a Service is reached from anywhere in the cluster."""

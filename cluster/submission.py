@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
+from pipelines.continual_config import HELD_BACK, HELD_BACK_LINE
 from seekr.errors import SeekrError
 
 State = Literal["waiting", "running", "retrying", "suspended", "done", "failed", "stopped"]
@@ -25,6 +26,7 @@ STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 """Seconds that Ray gives a job between asking it to end and killing it; 3 unless it is set."""
 CLOSING_SECONDS = 15
 """What a run takes to end beyond its grace: closing Ray and MLflow, and the interpreter's own end."""
+HELD_BACK_REASON = "the gate has held the newest model back"
 _DIGEST_LENGTH = 7
 # What a process that was asked to end returns: SIGINT, SIGTERM.
 _STOPPED_CODES = (130, 143)
@@ -71,10 +73,11 @@ class Run:
     def code(self) -> int:
         """What `submit --wait` returns for it: 0 done, `seekr run`'s own code, 1 where it is unknown.
 
-        A process that a signal has ended returns 128 and the signal's number, as a shell has it.
+        Done is also what the gate has held back, which is 3. A process that a signal has ended returns
+        128 and the signal's number, as a shell has it.
         """
         if self.state == "done":
-            return 0
+            return self.exit_code or 0
         if self.state == "stopped":
             return self.exit_code if self.exit_code in _STOPPED_CODES else _STOPPED
         if not self.exit_code:
@@ -178,8 +181,10 @@ def submit(backend: Backend, base: str, digest: str, *, again: bool, tell: Tell)
         return current
     same = [run for run in runs if run.digest == digest]
     if same and same[-1].state == "done" and not again:
+        note = f" ({same[-1].reason})" if same[-1].reason else ""
         tell(
-            f"run {same[-1].name} has done all of this; nothing was submitted. --again runs it once more"
+            f"run {same[-1].name} has done all of this{note}; nothing was submitted. --again runs it once "
+            "more"
         )
         return same[-1]
     number = 1 + max((number_of(run.name) for run in same), default=0)
@@ -191,22 +196,28 @@ def submit(backend: Backend, base: str, digest: str, *, again: bool, tell: Tell)
 def wait(backend: Backend, run: Run, *, write: Tell, tell: Tell) -> Run:
     """Follow a run's logs to its end.
 
+    A run that may not end with 3, as a RayJob would be tried again, says in its log what 3 says.
+
     Args:
         write: takes what the run prints, a piece at a time.
         tell: takes what happens around it.
     """
+    held_back = False
     for text in backend.logs(run, follow=True, tell=tell):
         write(text)
+        held_back = held_back or HELD_BACK_LINE in text.splitlines()
     run = backend.find(run.name)
+    if held_back and run.state == "done":
+        run = _held_back(run)
     tell(ending(run))
     return run
 
 
 def ending(run: Run) -> str:
     """Return a sentence on how a run has ended."""
-    reason = f": {run.reason}" if run.reason and run.state != "done" else ""
+    reason = f": {run.reason}" if run.reason else ""
     tries = f" in attempt {run.attempt} of {run.attempts}" if run.attempts > 1 else ""
-    code = "" if run.state == "done" else f" (exit code {run.code})"
+    code = f" (exit code {run.code})" if run.code else ""
     return f"run {run.name} {_VERBS[run.state]}{tries}{code}{reason}"
 
 
@@ -233,10 +244,16 @@ def newest(backend: Backend, name: str | None = None) -> Run:
 
 
 def ended(run: Run, state: State, code: int | None, reason: str) -> Run:
-    """Return a run at its end; `seekr run` that was asked to end has not failed."""
+    """Return a run at its end; `seekr run` has not failed if it was asked to end, or held a model back."""
+    if state == "failed" and code == HELD_BACK:
+        return _held_back(run)
     if state == "failed" and code in _STOPPED_CODES:
         state = "stopped"
     return replace(run, state=state, exit_code=code, reason=reason)
+
+
+def _held_back(run: Run) -> Run:
+    return replace(run, state="done", exit_code=HELD_BACK, reason=HELD_BACK_REASON)
 
 
 _VERBS: dict[State, str] = {

@@ -18,7 +18,17 @@ import typer
 
 from pipelines import cli_operations as operations
 from pipelines.cli_benchmark import benchmark
-from pipelines.cli_common import AsJson, Overrides, StreamPath, err, out, print_json, say, warn
+from pipelines.cli_common import (
+    AsJson,
+    HeldBackOk,
+    Overrides,
+    StreamPath,
+    err,
+    out,
+    print_json,
+    say,
+    warn,
+)
 from pipelines.cli_forget import forget, rows
 from seekr.errors import ConfigError, SeekrError
 
@@ -50,6 +60,7 @@ def run(
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="For trainings to save when stopped.")
     ] = 25.0,
+    held_back_ok: HeldBackOk = False,
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of a stream, or of several side by side, and show what came out.
@@ -89,7 +100,7 @@ def run(
             for view, item in zip(views, opened, strict=True)
         ]
         print_json(found[0] if len(found) == 1 else {"streams": found})
-        operations.end_as_decided(views)
+        operations.end_as_decided(views, held_back_ok=held_back_ok, as_json=True)
         return
     tested = [view for view in views if view.measured()]
     for view in tested:
@@ -100,7 +111,7 @@ def run(
         out.print(facts)
     operations.show_decisions(views)
     say(f"report: {where}")
-    operations.end_as_decided(views)
+    operations.end_as_decided(views, held_back_ok=held_back_ok, as_json=False)
 
 
 @app.command()

@@ -23,6 +23,14 @@ Overrides = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+HeldBackOk = Annotated[
+    bool,
+    typer.Option(
+        "--held-back-ok",
+        help="End with 0, not 3, where the gate has held the newest model back, and say so in the last "
+        "line: for schedulers that take every other code for a failure.",
+    ),
+]
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.cli_common import AsJson, Overrides, StreamPath, err, out, print_json, say, warn
+from pipelines.cli_common import (
+    AsJson,
+    HeldBackOk,
+    Overrides,
+    StreamPath,
+    err,
+    out,
+    print_json,
+    say,
+    warn,
+)
 
 if TYPE_CHECKING:
     from pipelines.promotion import Change
@@ -16,8 +26,6 @@ if TYPE_CHECKING:
     from pipelines.stream import Stream
     from pipelines.tick import Outcome
 
-# A run or a tick whose newest model the gate has held back.
-HELD_BACK = 3
 Reason = Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept with the decision.")]
 
 
@@ -27,6 +35,7 @@ def tick(
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="For trainings to save when stopped.")
     ] = 25.0,
+    held_back_ok: HeldBackOk = False,
     as_json: AsJson = False,
 ) -> None:
     """Take in what has arrived, run what is new, let the gate decide. What a scheduler starts.
@@ -55,7 +64,8 @@ def tick(
         print_json(_outcome_json(outcome))
     else:
         _show(outcome)
-    end_as_decided([outcome.view] if outcome.view is not None else [])
+    views = [outcome.view] if outcome.view is not None else []
+    end_as_decided(views, held_back_ok=held_back_ok, as_json=as_json)
 
 
 def withdraw(
@@ -158,14 +168,19 @@ def show_decisions(views: Sequence[StreamView]) -> None:
             out.print(decision_group(view.decided))
 
 
-def end_as_decided(views: Sequence[StreamView]) -> None:
-    """End with the exit code that says a model was held back in this run, if one was.
+def end_as_decided(views: Sequence[StreamView], *, held_back_ok: bool, as_json: bool) -> None:
+    """Say by the exit code that a model was held back in this run, if one was, or by a last line.
 
     Raises:
-        typer.Exit: one was.
+        typer.Exit: one was, and that is not ok.
     """
-    if any(view.decided is not None and view.decided.held_back for view in views):
+    from pipelines.continual_config import HELD_BACK, HELD_BACK_LINE
+
+    if not any(view.decided is not None and view.decided.held_back for view in views):
+        return
+    if not held_back_ok:
         raise typer.Exit(HELD_BACK)
+    say(HELD_BACK_LINE, err if as_json else out)
 
 
 def show_operations(stream: Stream) -> None:

@@ -13,6 +13,10 @@ from pydantic import model_validator
 from pipelines.section import Section, execution
 
 Event = Literal["failed", "held_back", "quarantined", "promoted"]
+HELD_BACK = 3
+"""The exit code of a run or a tick whose newest model the gate has held back."""
+HELD_BACK_LINE = "seekr: all is done, and the gate has held the newest model back"
+"""What it prints last where it is to end with 0 all the same; whoever reads its log knows it by this line."""
 
 
 class InboxConfig(Section):

@@ -29,7 +29,7 @@ CLUSTER_MAY_IMPORT = (
     *("pipelines.config", "pipelines.load", "pipelines.section", "pipelines.demand"),
     *("pipelines.cluster_config", "pipelines.cluster_services", "pipelines.cluster_values"),
     *("pipelines.cluster_rules", "pipelines.cluster_layout", "pipelines.stream_values"),
-    "pipelines.provenance",
+    *("pipelines.continual_config", "pipelines.provenance"),
 )
 # The client of Ray's Jobs API, imported where a command asks for it.
 CLUSTER_MAY_USE_OF_RAY = ("ray.job_submission", "ray.exceptions")

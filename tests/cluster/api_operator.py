@@ -13,10 +13,11 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from pipelines.continual_config import HELD_BACK, HELD_BACK_LINE
 from tests.cluster.api_store import Object, Refused, Store, now
 
 FINALIZER = "ray.io/rayjob-finalizer"
@@ -34,12 +35,22 @@ class Attempt:
         exit_code: of the entrypoint.
         hold: stay running after the lines until released or stopped.
         reason: what the operator itself fails it for, such as DeadlineExceeded.
+        held_back: end as `seekr` does when the gate has held the newest model back.
     """
 
     lines: tuple[str, ...] = ("working",)
     exit_code: int = 0
     hold: bool = False
     reason: str = ""
+    held_back: bool = False
+
+    def of(self, entrypoint: str) -> Attempt:
+        """Return what it comes to with the options of an entrypoint."""
+        if not self.held_back:
+            return self
+        if "--held-back-ok" in entrypoint.split():
+            return replace(self, lines=(*self.lines, HELD_BACK_LINE))
+        return replace(self, exit_code=HELD_BACK)
 
 
 @dataclass(slots=True)
@@ -126,6 +137,7 @@ class Operator:
 
     def _attempt(self, name: str) -> tuple[str | None, str]:
         todo = self.plan.pop(0) if self.plan else Attempt()
+        todo = todo.of(self.store.get("RayJob", name)["spec"]["entrypoint"])
         cluster, job_id = f"{name}-{secrets.token_hex(3)[:5]}", f"{name}-{secrets.token_hex(3)[:5]}"
         self.store.set_status(
             "RayJob",
@@ -149,6 +161,7 @@ class Operator:
         self.store.set_status("RayJob", name, jobStatus="RUNNING")
         outcome = self._run(name, pod, job_id, todo)
         if outcome is not None:
+            self._print(pod, f"Job '{job_id}' {outcome.lower()}")  # the submitter's own last word
             self._end_pod(pod, 0 if outcome != "FAILED" else 1)
             self.store.set_status(
                 "RayJob", name, jobStatus=outcome, message=_message(outcome, todo)

@@ -19,9 +19,11 @@ from tests.pipelines.streams import stream_values, write_yaml
 WAIT_SECONDS = 120.0
 
 
-def kube_stream(folder: Path, *, tasks: int = 1, **cluster: Any) -> Path:
+def kube_stream(folder: Path, *, tasks: int = 1, gated: bool = False, **cluster: Any) -> Path:
     """Write a stream with a cluster section; `cluster` adds to it. What it names need not be there."""
     values = stream_values(tasks=tasks, method={"name": "seqft"})
+    if gated:
+        values["gate"] = {"min_new_score": 0.9}
     section: dict[str, Any] = {
         "image": "registry.example/seekr:1.0",
         "storage": {"claim": {"size": "9Gi"}},

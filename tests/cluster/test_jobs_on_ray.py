@@ -13,6 +13,7 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster.jobs_api import RayJobs
 from cluster.opening import Target, open_submission
+from pipelines.continual_config import HELD_BACK_LINE
 from tests.cluster.ray_head import RayHead, ray_head
 from tests.cluster.submitting import Told, seekr_cluster, until
 from tests.pipelines.running import newest_checkpoint
@@ -93,6 +94,23 @@ def test_a_run_that_fails_gives_its_own_exit_code(
     assert "error: " in told.out
     assert "failed (exit code 2)" in told.lines[-1]
     assert "failed (2)" in caller("status").out
+
+
+def test_a_run_whose_model_is_held_back_is_done_with_code_3(
+    head: RayHead, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    caller = Caller(head, tmp_path, gate={"min_new_score": 1.0})
+    ending = "is done (exit code 3): the gate has held the newest model back"
+    told = caller("submit", "--wait")
+    assert told.code == 3, told.out + told.err
+    assert told.lines[-1].endswith(ending)
+    assert HELD_BACK_LINE not in told.lines
+    again = caller("submit", "--wait")
+    assert (again.code, "nothing was submitted. --again" in again.out) == (3, True)
+    (run,) = json.loads(caller("status", "--json").out)["runs"]
+    assert (run["state"], run["exit_code"]) == ("done", 3)
+    assert run["reason"] == "the gate has held the newest model back"
+    assert "failed" not in caller("status").out
 
 
 def test_a_run_that_is_cancelled_saves_and_the_next_goes_on(

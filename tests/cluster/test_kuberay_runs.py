@@ -108,7 +108,7 @@ def test_a_failed_run_gives_its_own_exit_code_after_all_its_attempts(
 ) -> None:
     stream = kube_stream(tmp_path, job={"retries": 1})
     server.ask(
-        "plan", [{"lines": ["first"], "exit_code": 3}, {"lines": ["second"], "exit_code": 2}]
+        "plan", [{"lines": ["first"], "exit_code": 1}, {"lines": ["second"], "exit_code": 2}]
     )
     told = user("submit", stream, "--wait")
     assert told.code == 2

@@ -140,6 +140,23 @@ def test_a_stream_with_an_inbox_takes_in_what_has_arrived() -> None:
     assert (values["data_root"], values["tasks_from"]) == ("/mnt/seekr/arrivals", "inbox/*")
 
 
+@pytest.mark.parametrize("name", ["cpu dev", "CronJob", "RayCronJob"])
+@pytest.mark.parametrize("tasks_from", [None, "inbox/*"])
+@pytest.mark.parametrize("gate", [None, {"max_forgetting": 0.05}])
+def test_a_run_may_hold_a_model_back_without_being_tried_again_where_there_is_a_gate(
+    name: str, tasks_from: str | None, gate: dict[str, float] | None
+) -> None:
+    found = rendered(name, tasks_from=tasks_from, gate=gate)
+    jobs = [found.ray_job, *(item["spec"]["jobTemplate"] for item in found.of_kind("RayCronJob"))]
+    for config in found.of_kind("ConfigMap"):
+        jobs += [yaml.safe_load(config["data"][key]) for key in config["data"] if "rayjob" in key]
+    verb, flag = "run" if tasks_from is None else "tick", " --held-back-ok" * (gate is not None)
+    assert len(jobs) == 1 + (name != "cpu dev")
+    assert [job.get("spec", job)["entrypoint"] for job in jobs] == [
+        f"seekr {verb} {STREAM_FILE}{flag} --grace 105"
+    ] * len(jobs)
+
+
 def test_every_command_that_is_rendered_is_one_of_seekrs() -> None:
     commands = {item.callback.__name__ for item in app.registered_commands if item.callback}
     for changes in ({}, {"tasks_from": "inbox/*"}):
