@@ -37,7 +37,7 @@ def render(
 
     Files of an earlier rendering are replaced; what you put beside them stays.
 
-    Example: seekr cluster render stream.yaml --out manifests && kubectl apply -k manifests/overlays/job
+    Example: seekr cluster render stream.yaml --out manifests
     """
     from cluster.needed import needed_secrets
     from cluster.render import read_stream
@@ -48,7 +48,8 @@ def render(
     files = manifests.write(to)
     _say(f"{len(files)} files in {to}")
     for name in manifests.overlays:
-        _say(f"  kubectl apply -k {to}/overlays/{name}")
+        # As the manager that `submit` and `schedule` are: they find their own fields, and no conflict.
+        _say(f"  kubectl apply --server-side --field-manager=seekr -k {to}/overlays/{name}")
     for name, keys in needed_secrets(manifests.all).items():
         _say(f"Secret {name} must exist, with {', '.join(keys)}")
 

@@ -28,6 +28,11 @@ CLOSING_SECONDS = 15
 """What a run takes to end beyond its grace: closing Ray and MLflow, and the interpreter's own end."""
 HELD_BACK_REASON = "the gate has held the newest model back"
 _DIGEST_LENGTH = 7
+# Why a run under way is not the one that is submitted: its content, or that a schedule has started it.
+_OTHERS = (
+    "with other content of this stream, so nothing was submitted",
+    "as a schedule has started it, so nothing was submitted",
+)
 # What a process that was asked to end returns: SIGINT, SIGTERM.
 _STOPPED_CODES = (130, 143)
 _STOPPED, _FAILED = 143, 1
@@ -172,10 +177,10 @@ def submit(backend: Backend, base: str, digest: str, *, again: bool, tell: Tell)
     current = under_way(runs)
     if current is not None:
         if current.digest != digest:
+            other = _OTHERS[not current.digest]
             raise SubmissionError(
-                f"run {current.name} on {backend.where} is {current.state} with other content of this "
-                "stream, so nothing was submitted; wait for it (seekr cluster logs --follow) or end it "
-                "(seekr cluster cancel), then submit again"
+                f"run {current.name} on {backend.where} is {current.state} {other}; wait for it (seekr "
+                "cluster logs --follow) or end it (seekr cluster cancel), then submit again"
             )
         tell(f"run {current.name} is {current.state} already; nothing was submitted")
         return current

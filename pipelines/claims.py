@@ -69,10 +69,14 @@ class Owner:
         argv = value.get("argv") or ()
         return cls(**texts, pid=int(value.get("pid", 0)), argv=tuple(map(str, argv)))
 
+    def is_here(self) -> bool:
+        """Whether the process is of this kernel and can be judged: it runs unless it `is_gone`."""
+        here = (socket.gethostname(), _boot(), _namespace())
+        return (self.host, self.boot, self.namespace) == here and bool(self.boot)
+
     def is_gone(self) -> bool:
         """True only if the process certainly does not run any more."""
-        here = (socket.gethostname(), _boot(), _namespace())
-        if (self.host, self.boot, self.namespace) != here or not self.boot:
+        if not self.is_here():
             return False
         started = _start_of(self.pid)
         if started is not None:

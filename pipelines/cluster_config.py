@@ -146,9 +146,9 @@ class JobConfig(Section):
     submitter_retries: int = execution(2, ge=0)
     """Of the small Job alone."""
     starting_seconds: int = execution(1800, ge=1)
-    """From its creation until it runs; then it fails, and frees what it holds."""
+    """From the beginning of an attempt until it runs; then the attempt fails, and frees what it holds."""
     active_seconds: int = execution(604800, ge=1)
-    """For everything, waiting and retries included."""
+    """For one attempt, waiting included: KubeRay counts anew when it tries again."""
     keep_seconds: int = execution(3600, ge=0)
     """That the cluster of an ended job stays, for its dashboard; not with `deletion`."""
     grace_seconds: int = execution(120, ge=30)

@@ -151,7 +151,7 @@ def _no_ticks(inventory: Inventory, owner: Owner, ttl: float) -> Iterator[Mappin
 
     with ExitStack() as stack:
         leases = {
-            name: Lease(inventory.store, tick_folder(name), ttl=ttl, owner=owner, on_wait=busy)
+            name: Lease(inventory.store, tick_folder(name), ttl=ttl, owner=owner, on_alive=busy)
             for name in streams_with_arrivals(inventory)
         }
         yield {name: stack.enter_context(lease) for name, lease in leases.items()}

@@ -57,6 +57,8 @@ class Lease:
         settle: seconds to wait before the flag is raised, so that claims written at the same time
             are seen and need not collide.
         on_wait: called with the owner that is waited for, each time this becomes another one.
+        on_alive: called with that owner once it is certain that it lives: it runs on this machine, or was
+            heard of again. Whoever was killed elsewhere is replaced without this call.
         owner: how this process is shown to others, where its arguments are not for them.
     """
 
@@ -68,6 +70,7 @@ class Lease:
         ttl: float = TTL_SECONDS,
         settle: float | None = None,
         on_wait: Callable[[Owner], None] | None = None,
+        on_alive: Callable[[Owner], None] | None = None,
         owner: Owner | None = None,
     ) -> None:
         self.owner = owner or Owner.current()
@@ -75,7 +78,7 @@ class Lease:
         self._folder = f"{folder}/{FOLDER}"
         self._ttl = ttl
         self._settle = settle if settle is not None else _default_settle(store)
-        self._on_wait = on_wait
+        self._on_wait, self._on_alive = on_wait, on_alive
         self._id = uuid4().hex
         self._known: dict[str, Owner] = {}
         self._taken = False
@@ -146,7 +149,7 @@ class Lease:
         )
 
     def _wait_for_turn(self) -> None:
-        pause, waiting_for = max(self._settle, 0.02), ""
+        pause, waiting_for, first_seen = max(self._settle, 0.02), "", 0.0
         while True:
             blocker = self._look(rejoin=True).blocker()
             if blocker is None:
@@ -154,9 +157,13 @@ class Lease:
                 if self._look(rejoin=True).blocker() is None and self._raise_flag():
                     return
                 continue
-            if self._on_wait and blocker.id != waiting_for:
-                self._on_wait(blocker.owner)
+            if blocker.id != waiting_for:
+                first_seen = blocker.seen
+                if self._on_wait:
+                    self._on_wait(blocker.owner)
             waiting_for = blocker.id
+            if self._on_alive and (blocker.owner.is_here() or blocker.seen > first_seen):
+                self._on_alive(blocker.owner)
             time.sleep(pause)
             pause = min(pause * 2, max(self._settle, 0.5), self._ttl / BEATS_PER_TTL)
 

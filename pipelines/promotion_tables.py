@@ -20,7 +20,7 @@ _COLOURS = {
     "promoted": "green", "held back": "yellow", "rolled back": "magenta",
 }  # fmt: skip
 _MARKS = {True: ("holds", "green"), False: ("fails", "red"), None: ("not applied", "cyan")}
-_SHORT = 12
+_SHORT, _NUM_BAD_ROWS = 12, 3
 
 
 def arrivals_table(arrivals: Sequence[Arrival]) -> Table:
@@ -35,9 +35,17 @@ def arrivals_table(arrivals: Sequence[Arrival]) -> Table:
             Text(item.verdict, _COLOURS[item.verdict]),
             "" if item.rows is None else str(item.rows),
             moment(item.noted_at),
-            Text(item.reason or item.place),
+            Text(_why(item)),
         )
     return table
+
+
+def _why(item: Arrival) -> str:
+    """Why something is no task, with the first of its bad rows; or where a task came from."""
+    shown = item.bad_rows[:_NUM_BAD_ROWS]
+    lines = [f"{row['file'].rpartition('/')[2]}:{row['line']}: {row['reason']}" for row in shown]
+    more = len(item.bad_rows) - len(shown)
+    return "\n".join([item.reason or item.place, *lines, *([f"and {more} more"] if more else [])])
 
 
 def decisions_table(decisions: Decisions) -> Group:

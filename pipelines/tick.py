@@ -2,7 +2,8 @@
 
 It is what a scheduler starts, as often as it likes. A tick that has nothing to do does nothing, one that
 was killed is finished by the next, and of two at once the second says so and ends: a lease of the stream
-is held from the first look to the last word.
+is held from the first look to the last word. The second first makes sure that the other lives: a tick that
+follows one that was killed on another host a moment ago must not take its place for taken.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipelines.config import StreamConfig
 from pipelines.decisions import DecisionLog
 from pipelines.interrupts import Interrupted, Interrupts
 from pipelines.lease import Lease
+from pipelines.lineage import gather
 from pipelines.load import load_config
 from pipelines.receive import Taken, take_in
 from pipelines.results import StreamView
@@ -88,7 +90,7 @@ def run_tick(
         return open_stream(path, overrides, writable=True)
 
     try:
-        with Lease(store, tick_folder(config.name), on_wait=busy) as lease:
+        with Lease(store, tick_folder(config.name), on_alive=busy) as lease:
             teller.begin()
             try:
                 return _tick(
@@ -111,6 +113,9 @@ def withdraw_task(
 ) -> Arrival:
     """Take a task that has arrived out of a stream, when no tick is at work.
 
+    Args:
+        warn: told whom it waits for, and if users are served by a model that has learnt the task.
+
     Raises:
         ConfigError: no such task has arrived, or no reason is given.
     """
@@ -123,7 +128,16 @@ def withdraw_task(
         warn(f"waiting for another tick of {config.name} ({owner})")
 
     with Lease(store, tick_folder(config.name), on_wait=wait) as lease:
-        return Register(store, config.name).withdraw(task, reason.strip(), lease)
+        entry = Register(store, config.name).withdraw(task, reason.strip(), lease)
+    champion = DecisionLog(store, config.name).read().champion
+    if champion is not None and any(
+        record.stage == "train" and record.task == task for record in gather(store, champion)
+    ):
+        warn(
+            f"the champion, the model after {champion.task}, has learnt {task} and stays the champion; "
+            "to go back to one that has not: seekr rollback"
+        )
+    return entry
 
 
 def _tick(

@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.kubernetes_api import MANAGER
 from cluster.kustomize import MARK
 from cluster.render import Manifests
 from seekr.errors import ConfigError
@@ -118,7 +119,10 @@ def test_the_command_renders_every_example(
     monkeypatch.chdir(tmp_path)
     result = runner.invoke(app, ["render", str(EXAMPLES / name), "--out", "manifests"])
     assert result.exit_code == 0, result.output
-    assert "kubectl apply -k manifests/overlays/job" in result.output
+    said = " ".join(result.output.split())
+    assert (
+        f"kubectl apply --server-side --field-manager={MANAGER} -k manifests/overlays/job" in said
+    )
     assert ("overlays/schedule" in result.output) == bool(manifests_of(name).scheduled)
     expected = tmp_path / "expected"
     manifests_of(name).write(expected)

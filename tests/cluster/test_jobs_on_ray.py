@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,17 @@ def head() -> Iterator[RayHead]:
 
 
 class Caller:
-    """Somebody who has the token's file, and a stream whose rows and model travel with it."""
+    """Somebody who has the token's file, and a stream whose rows and model travel with it.
+
+    Each has a name of its own: the head knows the runs of all of them.
+    """
+
+    _numbers = count(1)
 
     def __init__(self, head: RayHead, folder: Path, **changes: Any) -> None:
         self.head, self.store = head, folder / "store"
-        self.stream = make_stream(folder, tasks=1, method={"name": "seqft"}, **changes)
+        name = f"stream-{next(self._numbers)}"
+        self.stream = make_stream(folder, tasks=1, method={"name": "seqft"}, name=name, **changes)
 
     def __call__(self, command: str, *words: str) -> Told:
         return seekr_cluster(command, self.stream, *words, "--address", self.head.address)

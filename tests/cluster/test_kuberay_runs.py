@@ -207,6 +207,7 @@ def test_what_a_schedule_started_is_a_run_too(
     told = user("submit", stream)
     assert told.code == 1
     assert "run small-29400000" in told.err
+    assert "as a schedule has started it, so nothing was submitted; wait for it" in told.err
     assert "small-29400000" in user("status", stream).out
 
 

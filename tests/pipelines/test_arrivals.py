@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from pipelines import receive
 from pipelines.arrivals import Register
+from pipelines.decisions import Decision, DecisionLog
 from pipelines.lease import Lease
 from pipelines.stream import open_stream
 from pipelines.tick import withdraw_task
 from seekr.errors import ConfigError, DataError, LeaseLost, StoreError
+from tests.pipelines.committed import Committer
 from tests.pipelines.inboxes import Arriving, Inbox, arriving
 from tests.pipelines.s3_server import BUCKET, s3_server
 from tests.pipelines.streams import RULES, task_rows, write_task, write_yaml
@@ -278,6 +280,26 @@ def test_a_task_that_is_withdrawn_is_none_any_more_and_may_be_delivered_again(
     ):
         with pytest.raises(ConfigError, match=fragment):
             withdraw_task(local.path, (), name, reason, pytest.fail)
+
+
+def test_who_withdraws_a_task_is_told_that_the_champion_has_learnt_it(local: Arriving) -> None:
+    local.inbox.put_task("one", "reverse")
+    local.inbox.put_task("two", "first")
+    local.look()
+    out = Committer(local.store)
+    first = out.commit("train", "one")
+    second = out.commit("train", "two", inputs={"model": first})
+    log = DecisionLog(local.store, "small")
+    with Lease(local.store, log.folder) as lease:
+        decision = Decision(
+            kind="promote", model=second.record.ref, champion=second.record.ref, previous=None,
+            reason="reviewed",
+        )  # fmt: skip
+        log.add(decision, log.read(), lease)
+    told: list[str] = []
+    withdraw_task(local.path, (), "one", "the labels were shifted", told.append)
+    (warning,) = told
+    assert "the model after two, has learnt one and stays the champion" in warning
 
 
 def test_a_copy_that_was_changed_in_the_store_is_noticed(local: Arriving) -> None:

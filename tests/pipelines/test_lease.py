@@ -202,6 +202,40 @@ def test_a_beating_foreign_holder_is_not_replaced(store: Store) -> None:
     assert beats > 10
 
 
+def test_who_lives_is_told_from_who_was_killed_elsewhere(store: Store) -> None:
+    foreign_holder(store)
+    with Lease(store, "train/t", ttl=2, settle=0.1, on_alive=raise_it):
+        assert len(files(store)) == 3, "it has taken the place of the one that is silent"
+    foreign_holder(store)
+
+    def beat() -> None:
+        while not ended.wait(0.3):
+            store.write_bytes("train/t/.lease/beat-0123", b"")
+
+    ended = threading.Event()
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(ZeroDivisionError), Lease(store, "train/t", ttl=2, on_alive=raise_it):
+            pass
+    finally:
+        ended.set()
+        thread.join()
+    for file in files(store):
+        store.remove(file)
+    process = start_holder(store, ttl=60)
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError), Lease(store, "train/t", ttl=60, on_alive=raise_it):
+        pass
+    assert time.monotonic() - began < 5, "who runs here is known to live at once"
+    process.kill()
+    process.wait()
+
+
+def raise_it(owner: Owner) -> None:
+    raise ZeroDivisionError(str(owner))
+
+
 @pytest.mark.parametrize(
     ("change", "gone"),
     [

@@ -66,7 +66,7 @@ def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Arriving:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Return a function that runs `seekr` in this process; it returns the exit code and stdout."""
+    """Return a function that runs `seekr` here; it returns the exit code and what was said, in one line."""
 
     def call(*words: object) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["seekr", *map(str, words)])
@@ -78,7 +78,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             code = int(ended.code or 0)
         found = capsys.readouterr()
         assert "warning" not in found.err, found.err
-        return code, found.out
+        return code, " ".join(found.out.split())
 
     return call
 
@@ -143,7 +143,7 @@ def test_five_ticks_with_a_malformed_a_duplicate_an_overlap_a_model_that_forgot_
     # 3: what it learns makes it forget the others. Held back; users keep the champion.
     stream.inbox.put_rows("gamma.jsonl", rows("gamma", "zz"))
     code, said = call("tick", stream.path, "--json")
-    found = json.loads(said[said.index("{\n") :])
+    found = json.loads(said[said.index("{ ") :])
     assert code == 3 and found["decision"]["champion"] == found["decision"]["previous"]
     failed = {(c["bound"], c["of"]) for c in found["decision"]["checks"] if c["holds"] is False}
     assert failed == {
@@ -228,7 +228,7 @@ def forget_a_row(stream: Arriving, call: Call) -> None:
     code, said = call("forget", stream.path, row["row_id"], "--yes", "--reason", "asked")
     assert code == 0, said
     assert holding() == set()
-    said = " ".join(call("lineage", stream.path, "champion")[1].split())
+    code, said = call("lineage", stream.path, "champion")
     assert "trained on 1 row forgotten on" in said
     assert "alpha: 1 row of the copy forgotten on" in said
     code, said = call("tick", stream.path)
