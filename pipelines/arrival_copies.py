@@ -20,13 +20,14 @@ from typing import Final
 from pipelines.arrivals import Arrival, LeftOut, Register
 from pipelines.artifact import StageRecord
 from pipelines.fingerprint import fingerprint
-from pipelines.forgotten import Request, ids_of, mark_of
+from pipelines.forgotten import Request, mark_of
 from pipelines.inspection import inspect
 from pipelines.inventory import Inventory, Marks
 from pipelines.lease import Lease
 from pipelines.provenance import redact
 from pipelines.readers import read_rows, read_source
 from pipelines.rewrite import without_lines
+from pipelines.row_ids import ids_of
 from pipelines.rows import BadRow, Columns, SourceRow
 from pipelines.sources import (
     Layout,
@@ -122,7 +123,7 @@ def streams_with_arrivals(inventory: Inventory) -> tuple[str, ...]:
 
 
 def copies_in(inventory: Inventory, streams: Sequence[str] | None = None) -> list[Copy]:
-    """Return all copies in a store, those of tasks that were withdrawn included.
+    """Return all copies in a store, those of tasks that were withdrawn included; not those that are lost.
 
     Args:
         streams: only of these.
@@ -136,6 +137,8 @@ def copies_in(inventory: Inventory, streams: Sequence[str] | None = None) -> lis
         register = Register(inventory.store, name)
         tasks = {arrival.number for arrival in register.accepted}
         for arrival in register.copies:
+            if not inventory.store.exists(str(arrival.folder)):
+                continue
             first = Columns(**(arrival.columns or arrival.options.get("columns") or {}))
             others = read.get(str(arrival.train_digest), ())
             readings = tuple(dict.fromkeys((first, *others)))
@@ -228,11 +231,12 @@ class ShortCopy:
     """A copy without some rows, on this machine.
 
     Attributes:
-        digests: of its parts.
+        read, digests: of its parts, with all rows and without these.
         lacking: what parts lack, if anything.
     """
 
     folder: Path
+    read: Mapping[str, str]
     digests: Mapping[str, str]
     lacking: Mapping[str, LeftOut]
 
@@ -252,6 +256,7 @@ def written_without(parts: Mapping[str, Part], gone: IsGone) -> Iterator[ShortCo
     """
     folder = Path(tempfile.mkdtemp(prefix="seekr-forget-"))
     try:
+        read: dict[str, str] = {}
         digests: dict[str, str] = {}
         lacking: dict[str, LeftOut] = {}
         for name, part in parts.items():
@@ -262,10 +267,10 @@ def written_without(parts: Mapping[str, Part], gone: IsGone) -> Iterator[ShortCo
                 raise DataError(f"{place} cannot be copied: {redact(str(error))}") from error
             before = inspect(part.source, part.readings[0])
             after = inspect(folder / part.name, part.readings[0])
-            digests[name] = after.digest
+            read[name], digests[name] = before.digest, after.digest
             if after.digest != before.digest:
                 lacking[name] = LeftOut.between(before, after)
-        yield ShortCopy(folder=folder, digests=digests, lacking=lacking)
+        yield ShortCopy(folder=folder, read=read, digests=digests, lacking=lacking)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

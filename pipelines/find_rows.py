@@ -13,7 +13,7 @@ from itertools import chain
 
 from pipelines.arrival_copies import Copy, copies_in
 from pipelines.config import StreamConfig
-from pipelines.forgotten import ForgottenRows, ids_of, quarantined_id
+from pipelines.forgotten import ForgottenRows, quarantined_id
 from pipelines.inventory import (
     QUARANTINE,
     ROW_ID,
@@ -23,6 +23,7 @@ from pipelines.inventory import (
     read_columns,
 )
 from pipelines.readers import read_source
+from pipelines.row_ids import ids_of
 from pipelines.rows import BadRow, Columns, SourceRow
 from pipelines.rowsets import REPLAY
 from pipelines.store import Store

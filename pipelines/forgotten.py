@@ -18,10 +18,8 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-from pipelines.rows import EXCERPT_CHARS, BadRow, SourceRow
 from pipelines.store import TEMPORARY_PREFIX, Store
 from seekr.errors import StoreError
-from seekr.prompts import document_id_of, row_id_of
 
 FOLDER: Final = "forgotten"
 _PENDING: Final = ".pending.json"
@@ -39,20 +37,6 @@ def mark_of(row_id: str) -> str:
 def quarantined_id(text: str) -> str:
     """Return an id for a row that could not be used, from what quarantine keeps of its text."""
     return hashlib.sha256(f"seekr quarantined row\0{text}".encode()).hexdigest()[:32]
-
-
-def ids_of(row: SourceRow | BadRow) -> tuple[str, ...]:
-    """Return all ids under which a source's row may be forgotten.
-
-    A usable row has its own, and the one that quarantine gives it where it cannot be encoded: there only
-    the beginning of its input is known.
-    """
-    if isinstance(row, BadRow):
-        return (quarantined_id(row.text),)
-    if not row.input:
-        return (document_id_of(row.references[0], row.focus),)
-    own = row_id_of(row.input, row.references, row.definition)
-    return own, quarantined_id(row.input[:EXCERPT_CHARS])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,10 +128,6 @@ class ForgottenRows:
     def holds(self, row_id: str) -> bool:
         """Whether a row is to be left out."""
         return bool(self.dates) and mark_of(row_id) in self.dates
-
-    def has(self, row: SourceRow | BadRow) -> bool:
-        """Whether a source's row is to be left out."""
-        return bool(self.dates) and any(map(self.holds, ids_of(row)))
 
     def day_of(self, row_id: str) -> str | None:
         """The day of the newest request that names a row, None if none does."""

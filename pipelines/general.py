@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from pipelines.monitor import Reporter
 from pipelines.pool import ModelSource, prepare_device
 from pipelines.results import GENERAL
 from pipelines.stage import StageOutcome
+from pipelines.transfer import cache_folder
 from pipelines.workspace import Workspace
 from seekr.errors import ConfigError
 from seekr.models import load_tokenizer
@@ -78,9 +81,30 @@ def check_tasks(wanted: Sequence[str], folder: Path | None) -> None:
         )
 
 
-@functools.cache  # the harness reads thousands of files for it
 def _known_tasks(folder: Path | None) -> frozenset[str]:
-    return frozenset(_manager(folder).all_tasks)
+    """Return the harness's own tasks, and those of a folder."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is None:
+        return _own_tasks()
+    more = TaskManager(include_path=str(folder), include_defaults=False).all_tasks
+    return _own_tasks() | frozenset(more)
+
+
+@functools.cache
+def _own_tasks() -> frozenset[str]:
+    """Return the names of the harness's tasks; it reads thousands of files for them, so a version's names
+    are kept in this host's cache."""
+    kept = cache_folder() / f"lm-eval-{harness_version()}.json"
+    try:
+        return frozenset(json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        names = sorted(_manager(None).all_tasks)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    fresh = kept.with_suffix(f".{os.getpid()}.tmp")
+    fresh.write_text(json.dumps(names), encoding="utf-8")
+    fresh.replace(kept)
+    return frozenset(names)
 
 
 def _manager(folder: Path | None) -> Any:

@@ -26,6 +26,7 @@ from pipelines.forgotten import ForgottenRows
 from pipelines.inspection import inspect
 from pipelines.monitor import Reporter
 from pipelines.readers import read_rows as read_source_rows
+from pipelines.row_ids import is_forgotten
 from pipelines.rows import EXCERPT_CHARS, BadRow, Columns, SourceRow
 from pipelines.rowsets import BAD, FOCUS, ROWS, TEST, TRAIN, VALIDATION, smallest
 from pipelines.sources import SourceFile, list_files
@@ -110,7 +111,7 @@ class _Encoder:
         for row in read_source_rows(file, _columns(self._settings, item["kind"])):
             record = _bad(row) if isinstance(row, BadRow) else self._encoded(row, item["kind"])
             record = {"kind": item["kind"]} | record
-            yield _nothing_of(record) if self._forgotten.has(row) else record
+            yield _nothing_of(record) if is_forgotten(row, self._forgotten) else record
 
     def _encoded(self, row: SourceRow, kind: str) -> dict[str, Any]:
         settings = self._settings

@@ -28,6 +28,7 @@ from pipelines.forgotten import ForgottenRows
 from pipelines.inbox import OPTIONS, Delivery, InboxFile, look
 from pipelines.inspection import SourceReport, inspect
 from pipelines.lease import Lease
+from pipelines.row_ids import is_forgotten
 from pipelines.rows import Columns
 from pipelines.store import Store
 from pipelines.survey import survey
@@ -202,6 +203,7 @@ class _Judge:
             The folder, and what parts lack.
         """
         delivery, store = self._delivery, self._register.store
+        digests = {name: report.digest for name, report in reports.items()}
         forgotten = ForgottenRows.load(store)
         if forgotten.dates:
             wanted = {
@@ -212,11 +214,12 @@ class _Judge:
                 )
                 for part, name in copies.items()
             }
-            with written_without(wanted, forgotten.has) as short:
+            with written_without(wanted, lambda row: is_forgotten(row, forgotten)) as short:
+                if short.read != digests:
+                    raise _Changed
                 self._require_left(short, reports)
                 if short.lacking:
                     return short.place(self._register), short.lacking
-        digests = {name: report.digest for name, report in reports.items()}
         folder = f"{self._register.folder}/data/{fingerprint(digests)}"
         for name, part in parts.items():
             _copy(delivery, copies[name], part, store, folder)

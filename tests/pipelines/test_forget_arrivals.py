@@ -298,6 +298,20 @@ def test_copies_that_no_entry_names_are_removed(local: Arriving) -> None:
     assert local.store.stat(stray) is None and holding(local.store, SECRETS) == []
 
 
+def test_a_copy_that_is_lost_keeps_nobody_from_forgetting(local: Arriving) -> None:
+    deliver(local.inbox, "jsonl", local.path.parent)
+    more = task_rows("sort", 30)
+    local.inbox.put("more/train.jsonl", jsonl([*more[:20], GONE[0]]))
+    local.inbox.put("more/test.jsonl", jsonl(more[20:]))
+    local.inbox.put("more/_SUCCESS", "")
+    local.look()
+    news, other = local.register.copies
+    local.store.remove(str(other.folder))
+    forget(local.store, IDS)
+    assert holding(local.store, SECRETS) == []
+    assert [e.shortens for e in local.register.entries if e.shortens] == [news.number]
+
+
 def test_while_a_tick_is_at_work_rows_are_not_forgotten(local: Arriving) -> None:
     deliver(local.inbox, "jsonl", local.path.parent)
     local.look()

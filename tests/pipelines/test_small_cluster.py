@@ -36,6 +36,7 @@ def stream_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_a_training_of_one_or_two_workers_runs_on_one_core(stream_path: Path, address: str) -> None:
     stream = open_stream(stream_path, [f"ray.address={address}"], writable=True)
     run_streams([stream], lambda *_: None, warn=pytest.fail)

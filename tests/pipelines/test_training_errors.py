@@ -73,6 +73,7 @@ def test_a_loss_that_is_no_number_ends_the_training_where_it_is_and_is_not_tried
 
 
 @ray_test
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_is_built_no_second_time(
     stream_path: Path, tmp_path: Path, cluster: None
 ) -> None:
@@ -91,6 +92,7 @@ def commits_what_it_has() -> bool:
 
 
 @ray_test
+@pytest.mark.slow
 @pytest.mark.skipif(not commits_what_it_has(), reason="this kernel promises any memory")
 @pytest.mark.skipif(psutil.virtual_memory().total > 1 << 39, reason="so much memory may be there")
 def test_a_pass_that_does_not_fit_is_named_with_its_step_and_shape(
