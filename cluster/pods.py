@@ -103,6 +103,9 @@ def ray_environment(scene: Scene) -> list[dict[str, Any]]:
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
+        # Of a node that is gone without a word, Ray's processes would wait seven minutes for an answer.
+        "RAY_grpc_client_keepalive_time_ms": "30000",
+        "RAY_grpc_client_keepalive_timeout_ms": "30000",
         # Ray alone would give a run that is stopped three seconds.
         STOP_WAIT: str(cluster.job.grace_seconds),
     }

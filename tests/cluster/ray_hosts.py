@@ -34,6 +34,9 @@ NOTICED_SOON = {
     "RAY_health_check_failure_threshold": "4",
     # And a host that the head is gone.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
+    # And whoever waits for an answer of a host that is cut off, where nothing refuses the connection.
+    "RAY_grpc_client_keepalive_time_ms": "10000",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
 }
 _START_SECONDS = 600.0
 _JOINED = re.compile(r"Registering new node\. node_id=(\w+) .*node_address=(\S+)")

@@ -50,6 +50,24 @@ def test_kubernetes_takes_the_rest(name: str) -> None:
         kubernetes_validate.validate(item, KUBERNETES, strict=True)
 
 
+def environments(job: dict[str, Any]) -> list[dict[str, str]]:
+    """What the container of each group of pods has, the head's first."""
+    cluster = job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    pods = [group["template"]["spec"]["containers"][0] for group in groups]
+    return [{item["name"]: item.get("value", "") for item in pod["env"]} for pod in pods]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_of_ray_asks_a_node_that_is_silent_equally_often(name: str) -> None:
+    """A host refuses to be asked more often than its own setting says."""
+    first = "RAY_grpc_client_keepalive_time_ms"
+    for found in environments(manifests_of(name).ray_job):
+        assert (found[first], found["RAY_grpc_client_keepalive_timeout_ms"]) == ("30000", "30000")
+    for found in environments(rendered(name, cluster={"env": {first: "60000"}}).ray_job):
+        assert found[first] == "60000"
+
+
 def test_the_validator_of_core_resources_refuses_what_it_does_not_know() -> None:
     policy = copy.deepcopy(manifests_of("cpu dev").of_kind("NetworkPolicy")[0])
     policy["spec"]["policytypes"] = []
