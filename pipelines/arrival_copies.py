@@ -42,6 +42,8 @@ from seekr.errors import DataError, StoreError
 # Files beside the shards of a saved data set, without which it cannot be opened.
 _BESIDE_SHARDS: Final = ("state.json", "dataset_info.json")
 Row = SourceRow | BadRow
+# Train or test, the file's name, and the row's line in it.
+Place = tuple[str, str, int]
 IsGone = Callable[[Row], bool]
 
 
@@ -99,19 +101,20 @@ class Copy:
                 f"{self.arrival.name} cannot be read: {error}. Bring it back from a backup or from the inbox"
             ) from error
 
-    def marks_in(self, marks: Marks) -> dict[str, list[str]]:
-        """Return the marks among `marks` of its rows, one per row, by part; only parts that have any."""
-        found = {
-            part: [mark for row in self.rows(part) for mark in _marks(row) if mark in marks]
-            for part in self.arrival.parts
-        }
-        return {part: held for part, held in found.items() if held}
+    def places_of(self, marks: Marks) -> dict[Place, set[str]]:
+        """Return where rows with some marks are, and which marks each of them has."""
+        found: dict[Place, set[str]] = {}
+        for part in self.arrival.parts:
+            for row in self.rows(part):
+                if held := marks.intersection(_marks(row)):
+                    found.setdefault((part, row.file, row.line), set()).update(held)
+        return found
 
     def emptied(self, marks: Marks) -> str | None:
         """Return the part, if any, that would have no usable row without these."""
         for part in self.arrival.parts:
             good = (row for row in self.rows(part) if isinstance(row, SourceRow))
-            if all(any(mark in marks for mark in _marks(row)) for row in good):
+            if all(not marks.isdisjoint(_marks(row)) for row in good):
                 return part
         return None
 
@@ -179,9 +182,9 @@ def shorten_copies(inventory: Inventory, stream: str, request: Request, lease: L
         LeaseLost: a tick has taken over.
     """
     for copy in copies_in(inventory, [stream]):
-        if held := copy.marks_in(request.marks):
+        if places := copy.places_of(request.marks):
             lease.check()
-            _shorten(copy, request, sum(map(len, held.values())), lease)
+            _shorten(copy, request, len(places), lease)
     register = Register(inventory.store, stream)
     named = {arrival.folder for arrival in register.copies}
     data = f"{register.folder}/data"
@@ -193,7 +196,7 @@ def shorten_copies(inventory: Inventory, stream: str, request: Request, lease: L
 
 def _shorten(copy: Copy, request: Request, count: int, lease: Lease) -> None:
     def gone(row: Row) -> bool:
-        return any(mark in request.marks for mark in _marks(row))
+        return not request.marks.isdisjoint(_marks(row))
 
     arrival, register = copy.arrival, copy.register
     parts = {

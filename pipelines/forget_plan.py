@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 from uuid import uuid4
 
-from pipelines.arrival_copies import Copy, copies_in
+from pipelines.arrival_copies import Copy, Place, copies_in
 from pipelines.claims import Owner
 from pipelines.derived_rows import derived_from
 from pipelines.forgotten import ForgottenRows, Request, mark_of, without_ids
@@ -77,9 +77,9 @@ def make_plan(
         StoreError: a file cannot be read.
     """
     wanted = {mark_of(row_id): row_id for row_id in row_ids}
-    held = _copies_with(inventory, frozenset(wanted))
-    copied = {copy.folder: hits for copy, hits in held}
-    found = _present(inventory, frozenset(wanted)) | _held(copied)
+    copies = _copies_with(inventory, frozenset(wanted))
+    copied = {mark for _, places in copies for marks in places.values() for mark in marks}
+    found = _present(inventory, frozenset(wanted)) | copied
     known = ForgottenRows.load(inventory.store)
     already = {
         row_id: known.dates[mark]
@@ -103,39 +103,32 @@ def make_plan(
         derived=tuple(sorted(derived)),
         learnt=_learnt(inventory, hits),
         erased={key: said.get(key, 0) + _num(hits.get(key, {})) for key in sorted({*hits, *said})}
-        | {folder: _num(files) for folder, files in copied.items()},
+        | {copy.folder: len(places) for copy, places in copies},
         begin_again=tuple(
             key for key in inventory.unfinished if found and _begins(inventory, key, hits)
         ),
     )
     grown = _descendants(inventory, request)
-    names = {copy.folder: copy.arrival.name for copy, _ in held}
+    names = {copy.folder: copy.arrival.name for copy, _ in copies}
     return Plan(request=request, already=already, descendants=grown, copies=names)
 
 
 def _present(inventory: Inventory, wanted: Marks) -> Marks:
     """Return the marks of rows that some file holds."""
-    return _held(_hits(inventory, wanted)) | (quarantined_marks(inventory) & wanted)
+    hits = _hits(inventory, wanted)
+    held = {mark for files in hits.values() for found in files.values() for mark in found}
+    return frozenset(held | (quarantined_marks(inventory) & wanted))
 
 
-def _held(hits: Hits) -> Marks:
-    return frozenset(mark for files in hits.values() for found in files.values() for mark in found)
-
-
-def _copies_with(
-    inventory: Inventory, wanted: Marks
-) -> list[tuple[Copy, Mapping[str, Sequence[str]]]]:
-    """Return the copies of arrivals that hold rows, and which rows, by the copy's parts.
+def _copies_with(inventory: Inventory, wanted: Marks) -> list[tuple[Copy, dict[Place, set[str]]]]:
+    """Return the copies of arrivals that hold rows, and where in them which rows are.
 
     Raises:
         ConfigError: a task of a stream would be left without rows.
     """
-    found: list[tuple[Copy, Mapping[str, Sequence[str]]]] = []
-    for copy in copies_in(inventory):
-        hits = copy.marks_in(wanted)
-        if not hits:
-            continue
-        found.append((copy, hits))
+    found = [(copy, copy.places_of(wanted)) for copy in copies_in(inventory)]
+    found = [(copy, places) for copy, places in found if places]
+    for copy, _ in found:
         empty = copy.emptied(wanted) if copy.is_task else None
         if empty is not None:
             name = copy.arrival.name

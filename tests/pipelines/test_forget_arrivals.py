@@ -230,7 +230,9 @@ def test_a_row_is_known_by_the_columns_of_its_arrival_and_of_every_ingest(tmp_pa
         "ingest", "news", config={"columns": {"input": None, "output": "other", "definition": None}},
         sources={"train": str(entry.train_digest)}, files={"quarantine.json": b"[]"}, rows=0,
     )  # fmt: skip
-    forget(store, [*IDS, later])
+    same = row_id_of(rows[0]["input"], ("x",))  # of a row that has another id here, too
+    plan = forget(store, [*IDS, later, same]).plan
+    assert plan is not None and list(plan.stages.values()) == ["4 rows erased"]
     assert holding(store, [*SECRETS[::2], rows[3]["input"].encode()]) == []
     assert the_copy(stream).left_out["train"].rows == 4
 
