@@ -12,10 +12,9 @@ BIN := .venv/bin
 demo: .venv/.ready
 	$(BIN)/python -m examples.demo.run
 
-# Two processes, each with one thread: most tests wait or use one core. A file stays in one of them, and so do
-# all files whose streams share a cluster (tests/conftest.py).
+# Two processes, each with one thread: most tests wait or use one core. A file stays in one of them.
 test: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/.ready
 	$(BIN)/python -m pytest -m slow

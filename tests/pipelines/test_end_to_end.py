@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from safetensors.numpy import load_file
 
 from pipelines.job import Job
@@ -17,9 +18,10 @@ from pipelines.monitor import start_monitor
 from pipelines.provenance import Provenance
 from pipelines.rowsets import REPLAY, load_table
 from pipelines.runner import run_stages
+from pipelines.session import ray_session
 from pipelines.stage import Artifact, Stage, find
 from pipelines.stream import Stream, open_stream, records_of, run_streams, status_of
-from tests.pipelines.running import shared_cluster
+from tests.pipelines.running import end_shared_cluster
 from tests.pipelines.streams import make_stream, task_rows, write_rows
 
 pytestmark = pytest.mark.ray
@@ -32,8 +34,12 @@ def stream_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(stream_path: Path) -> None:
-    shared_cluster(stream_path)
+def cluster(stream_path: Path) -> Iterator[None]:
+    end_shared_cluster()
+    config = open_stream(stream_path, ["train.workers=2"]).config
+    with ray_session([config]):
+        yield
+    assert not ray.is_initialized()
 
 
 @pytest.fixture(scope="module")
