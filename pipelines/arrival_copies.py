@@ -167,7 +167,7 @@ def _readings(inventory: Inventory) -> dict[str, list[Columns]]:
 
 
 def _columns(record: StageRecord) -> Columns:
-    return Columns(**record.payload["config"].get("columns", {}))
+    return Columns(**record.payload["config"]["columns"])
 
 
 def shorten_copies(inventory: Inventory, stream: str, request: Request, lease: Lease) -> None:

@@ -82,7 +82,8 @@ def forget(
             reports |= _carry_out(store, request, lease, ticks, owner, ttl)
         if not row_ids:
             return Outcome(completed=tuple(begun), plan=None, reports=tuple(sorted(reports)))
-        plan = make_plan(Inventory.of(store) if begun else inventory, row_ids, owner, reason)
+        # Looked at anew: what was completed has changed it, and so may a tick that was waited for.
+        plan = make_plan(Inventory.of(store), row_ids, owner, reason)
         if plan.request.rows:
             plan.request.begin(store)
             try:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pyarrow import fs
 
 from pipelines.arrivals import Arrival, Register
@@ -18,7 +20,8 @@ from pipelines.load import load_config
 from pipelines.receive import Taken, take_in
 from pipelines.store import Store
 from pipelines.stream import open_storage
-from tests.pipelines.streams import make_stream, task_rows
+from tests.pipelines.s3_server import BUCKET, s3_server
+from tests.pipelines.streams import make_stream, task_rows, write_yaml
 
 # Seconds since 1970 at which the first file of a test was changed; later ones follow.
 EPOCH = 1_790_000_000
@@ -115,3 +118,21 @@ def arriving(folder: Path, *, tasks: int = 1, **overrides: Any) -> Arriving:
     (folder / "inbox").mkdir(exist_ok=True)
     inbox = Inbox(str(folder / "inbox"), fs.LocalFileSystem(), str(folder / "inbox"))
     return Arriving(path, inbox)
+
+
+@contextmanager
+def arriving_in(place: str, folder: Path) -> Iterator[Arriving]:
+    """Provide a stream with one task in its YAML and an empty inbox.
+
+    Args:
+        place: `disk`, or `s3` for an inbox and a store on a server.
+    """
+    found = arriving(folder)
+    if place == "disk":
+        yield found
+        return
+    with s3_server() as server:
+        inbox = server.uri("inbox/*")
+        settings = {"tasks_from": inbox, "storage": server.uri("store")}
+        write_yaml(found.path, yaml.safe_load(found.path.read_text()) | settings)
+        yield Arriving(found.path, Inbox(f"{BUCKET}/inbox", server.filesystem(), inbox))

@@ -157,6 +157,7 @@ def commit_ingest(out: Committer, rows: Sequence[Row], task: str) -> StageResult
     found = out.commit(
         "ingest",
         task,
+        config={"columns": {"input": None, "output": None, "definition": None}},
         sources={"train": f"digest of {task}"},
         files={
             "rows/kind=train/a.parquet": parquet([r.record() for r in train[:7]], schema),

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,26 +19,16 @@ from pipelines.stream import open_stream
 from pipelines.tick import withdraw_task
 from seekr.errors import ConfigError, DataError, LeaseLost, StoreError
 from tests.pipelines.committed import Committer
-from tests.pipelines.inboxes import Arriving, Inbox, arriving
-from tests.pipelines.s3_server import BUCKET, s3_server
-from tests.pipelines.streams import RULES, task_rows, write_task, write_yaml
+from tests.pipelines.inboxes import Arriving, arriving, arriving_in
+from tests.pipelines.streams import RULES, task_rows, write_task
 
 VALIDATION = {"data": {"validation_rows": 5}, "evaluate": {"split": "validation"}}
 
 
 @pytest.fixture(params=["disk", "s3"])
 def stream(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Arriving]:
-    """One task in the YAML and an empty inbox; inbox and store on a disk, or both on a server."""
-    found = arriving(tmp_path)
-    if request.param == "disk":
+    with arriving_in(request.param, tmp_path) as found:
         yield found
-        return
-    with s3_server() as server:
-        inbox = server.uri("inbox/*")
-        settings = {"tasks_from": inbox, "storage": server.uri("store")}
-        path = arriving(tmp_path).path
-        write_yaml(path, yaml.safe_load(path.read_text()) | settings)
-        yield Arriving(path, Inbox(f"{BUCKET}/inbox", server.filesystem(), inbox))
 
 
 @pytest.fixture

@@ -32,9 +32,8 @@ from pipelines.tick import withdraw_task
 from seekr.errors import ConfigError, DataError, StoreError
 from seekr.prompts import row_id_of
 from tests.pipelines.committed import Committer
-from tests.pipelines.inboxes import Arriving, Inbox, arriving
+from tests.pipelines.inboxes import Arriving, Inbox, arriving, arriving_in
 from tests.pipelines.remembered import contents, forms
-from tests.pipelines.s3_server import BUCKET, s3_server
 from tests.pipelines.streams import task_rows, write_yaml
 
 ROWS = task_rows("reverse", 24)
@@ -58,15 +57,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["disk", "s3"])
 def stream(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Arriving]:
-    found = arriving(tmp_path)
-    if request.param == "disk":
+    with arriving_in(request.param, tmp_path) as found:
         yield found
-        return
-    with s3_server() as server:
-        inbox = server.uri("inbox/*")
-        settings = {"tasks_from": inbox, "storage": server.uri("store")}
-        write_yaml(found.path, yaml.safe_load(found.path.read_text()) | settings)
-        yield Arriving(found.path, Inbox(f"{BUCKET}/inbox", server.filesystem(), inbox))
 
 
 @pytest.fixture
